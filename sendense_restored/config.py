@@ -1,0 +1,226 @@
+"""The daemon's configuration: frozen, parsed once, strict.
+
+The file is TOML (``/etc/sendense/restored.toml``); a missing file means the defaults, an unknown key or a value out
+of range refuses to start. Durations are a number of seconds or text such as ``90s``, ``15min``, ``1h``; sizes a
+number of bytes or text such as ``1GiB``.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+DEFAULT_FILE = Path("/etc/sendense/restored.toml")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names file, key and remedy."""
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """Section ``[mounts]``."""
+
+    directory: Path = Path("/mnt/sendense/restore")
+    max: int = 8
+    """How many mounts may exist at once."""
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Section ``[attach]``: from an image chain to a block device."""
+
+    backend: Literal["auto", "fuse"] = "auto"
+    timeout: float = 30.0
+    """Seconds that one step of attaching a disk or mounting a volume may take."""
+    overlay_size: int = 1 << 30
+    """Bytes of a mount's tmpfs, which takes what journal replay writes."""
+    server_uid: int = 60999
+    """The uid of image servers, and of tools that create images."""
+    probe_uid: int = 60998
+    """The uid of tools that read partition tables and superblocks."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Section ``[image]``."""
+
+    chain_depth: int = 128
+    """Most layers of a chain, base included."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """Section ``[database]``."""
+
+    url: str = "sqlite:////var/lib/sendense-restore/restore.db"
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Section ``[readers]``: the processes that touch guest files."""
+
+    uids: range = range(61000, 61064)
+    """Each running reader has one of these to itself; numeric, no passwd entry is needed."""
+    timeout: float = 30.0
+    """Seconds after which a request to a reader is given up."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Section ``[paths]``."""
+
+    runtime: Path = Path("/run/sendense-restore")
+    """Sockets, overlays and probe nodes live below it, in the daemon's own mount namespace."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    mounts: Mounts = field(default_factory=Mounts)
+    attach: Attach = field(default_factory=Attach)
+    image: Image = field(default_factory=Image)
+    database: Database = field(default_factory=Database)
+    readers: Readers = field(default_factory=Readers)
+    paths: Paths = field(default_factory=Paths)
+
+
+def load(path: Path) -> Config:
+    """Read ``path``; a missing file gives the defaults.
+
+    Raises ConfigError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Config()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        return parse(tomllib.loads(text))
+    except (ConfigError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(document: Mapping[str, Any]) -> Config:
+    """The configuration that a parsed TOML document describes. Raises ConfigError."""
+    sections: dict[str, Any] = {}
+    for section, values in document.items():
+        if section not in _SECTIONS:
+            raise ConfigError(f"unknown section [{section}]; known are {', '.join(_SECTIONS)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section} is a section, not a value; write [{section}]")
+        cls = _SECTIONS[section]
+        known = [entry.name for entry in fields(cls)]
+        parsed = {}
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if key not in known:
+                raise ConfigError(f"unknown key {name}; known are {', '.join(known)}")
+            parsed[key] = _PARSERS[name](name, value)
+        sections[section] = cls(**parsed)
+    return _checked(Config(**sections))
+
+
+def _checked(config: Config) -> Config:
+    uids = {config.attach.server_uid, config.attach.probe_uid}
+    if len(uids) != 2 or any(uid in config.readers.uids for uid in uids):
+        raise ConfigError("attach.server_uid, attach.probe_uid and readers.uids must not overlap")
+    if len(config.readers.uids) < config.mounts.max:
+        raise ConfigError(
+            f"readers.uids has {len(config.readers.uids)} uids, mounts.max needs {config.mounts.max}; widen the range"
+        )
+    return config
+
+
+_DURATION_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _with_unit(name: str, value: object, units: Mapping[str, float], example: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value) if isinstance(value, str) else None
+    if match is None or match[2] not in units:
+        raise ConfigError(f"{name} must be a number or text like {example!r} (units {', '.join(units)})")
+    return float(match[1]) * units[match[2]]
+
+
+def _duration(name: str, value: object) -> float:
+    seconds = float(_with_unit(name, value, _DURATION_UNITS, "30s"))
+    if not 0 < seconds <= 366 * 86400:
+        raise ConfigError(f"{name} must be more than 0 and at most 366d")
+    return seconds
+
+
+def _size(name: str, value: object) -> int:
+    size = _with_unit(name, value, _SIZE_UNITS, "1GiB")
+    if not 1 << 20 <= size < 1 << 63:  # which not-a-number and infinity are not either
+        raise ConfigError(f"{name} must be at least 1MiB")
+    return int(size)
+
+
+def _count(low: int, high: int) -> Callable[[str, object], int]:
+    def parse_count(name: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{name} must be a whole number from {low} to {high}")
+        return value
+
+    return parse_count
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str) or "\0" in value or not value.startswith("/") or ".." in Path(value).parts:
+        raise ConfigError(f"{name} must be an absolute path without '..'")
+    return Path(value)
+
+
+def _uid_range(name: str, value: object) -> range:
+    match = re.fullmatch(r"(\d+)-(\d+)", value) if isinstance(value, str) else None
+    if match is None or not 0 < int(match[1]) <= int(match[2]) < 2**32 - 1:
+        raise ConfigError(f"{name} must be a range such as '61000-61063'")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def _backend(name: str, value: object) -> str:
+    if value not in ("auto", "fuse"):  # a tuple: the value may be unhashable
+        raise ConfigError(f"{name} must be 'auto' or 'fuse'")
+    return str(value)
+
+
+def _database_url(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("sqlite:////"):
+        raise ConfigError(f"{name} must be 'sqlite:///' and an absolute path")
+    return value
+
+
+_uid = _count(1, 2**32 - 2)
+_SECTIONS: dict[str, type[Any]] = {
+    "mounts": Mounts,
+    "attach": Attach,
+    "image": Image,
+    "database": Database,
+    "readers": Readers,
+    "paths": Paths,
+}
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "mounts.directory": _path,
+    "mounts.max": _count(1, 1024),
+    "attach.backend": _backend,
+    "attach.timeout": _duration,
+    "attach.overlay_size": _size,
+    "attach.server_uid": _uid,
+    "attach.probe_uid": _uid,
+    "image.chain_depth": _count(1, 512),  # QEMU gets the chain as one argument, which may have 128 KiB
+    "database.url": _database_url,
+    "readers.uids": _uid_range,
+    "readers.timeout": _duration,
+    "paths.runtime": _path,
+}

@@ -1,0 +1,157 @@
+"""The configuration file: what it may say, and that a mistake in it is told and not guessed around."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sendense_restored import config
+from sendense_restored.config import Config, ConfigError
+
+
+def parsed(text: str, tmp_path: Path) -> Config:
+    path = tmp_path / "restored.toml"
+    path.write_text(text, encoding="utf-8")
+    return config.load(path)
+
+
+def test_without_a_file_there_are_the_defaults(tmp_path: Path) -> None:
+    assert config.load(tmp_path / "nothing") == Config()
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert parsed("", tmp_path) == Config()
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    defaults = Config()
+    assert str(defaults.mounts.directory) == "/mnt/sendense/restore"
+    assert defaults.mounts.max == 8
+    assert defaults.attach.overlay_size == 1 << 30
+    assert (defaults.attach.server_uid, defaults.readers.uids) == (60999, range(61000, 61064))
+    assert defaults.image.chain_depth == 128
+    assert defaults.database.url == "sqlite:////var/lib/sendense-restore/restore.db"
+
+
+def test_every_key_can_be_set(tmp_path: Path) -> None:
+    found = parsed(
+        """
+        [mounts]
+        directory = "/mnt/x"
+        max = 2
+        [attach]
+        backend = "fuse"
+        timeout = "1.5min"
+        overlay_size = "2GiB"
+        server_uid = 70000
+        probe_uid = 70001
+        [image]
+        chain_depth = 3
+        [database]
+        url = "sqlite:////tmp/x.db"
+        [readers]
+        uids = "80000-80001"
+        timeout = 5
+        [paths]
+        runtime = "/run/x"
+        """,
+        tmp_path,
+    )
+    assert found == Config(
+        mounts=config.Mounts(Path("/mnt/x"), 2),
+        attach=config.Attach("fuse", 90.0, 2 << 30, 70000, 70001),
+        image=config.Image(3),
+        database=config.Database("sqlite:////tmp/x.db"),
+        readers=config.Readers(range(80000, 80002), 5.0),
+        paths=config.Paths(Path("/run/x")),
+    )
+
+
+def test_every_field_has_a_parser_and_the_other_way_round() -> None:
+    known = {
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(Config(), section.name))
+    }
+    assert known == set(config._PARSERS)
+
+
+def test_it_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().mounts.max = 9  # type: ignore[misc]  # the point of the test
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 30), ("0.5", 0.5), ('"90s"', 90), ('"15min"', 900), ('"1h"', 3600), ('"1.5 h"', 5400), ('"2d"', 172800)],
+)
+def test_durations(tmp_path: Path, text: str, seconds: float) -> None:
+    assert parsed(f"[attach]\ntimeout = {text}", tmp_path).attach.timeout == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1048576", 1 << 20), ('"64MiB"', 64 << 20), ('"1.5GiB"', 3 << 29), ('"1TiB"', 1 << 40)]
+)
+def test_sizes(tmp_path: Path, text: str, size: int) -> None:
+    assert parsed(f"[attach]\noverlay_size = {text}", tmp_path).attach.overlay_size == size
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[nonsense]", r"unknown section \[nonsense\]"),
+        ("[mounts]\nmaximum = 1", r"unknown key mounts\.maximum; known are directory, max"),
+        ("mounts = 1", "is a section"),
+        ("[[mounts]]\nmax = 1", "is a section"),
+        ("[mounts]\nmax = 0", "from 1 to 1024"),
+        ("[mounts]\nmax = 1025", "from 1 to 1024"),
+        ("[mounts]\nmax = true", "whole number"),
+        ("[mounts]\nmax = 1.0", "whole number"),
+        ('[mounts]\nmax = "8"', "whole number"),
+        ('[mounts]\ndirectory = "relative"', "absolute path"),
+        ('[mounts]\ndirectory = "/a/../b"', "absolute path"),
+        ('[mounts]\ndirectory = "/a\\u0000b"', "absolute path"),
+        ("[mounts]\ndirectory = 7", "absolute path"),
+        ("[attach]\ntimeout = 0", "more than 0"),
+        ("[attach]\ntimeout = -1", "more than 0"),
+        ("[attach]\ntimeout = nan", "more than 0"),
+        ("[attach]\ntimeout = inf", "at most 366d"),
+        ("[attach]\ntimeout = true", "units s, min, h, d"),
+        ('[attach]\ntimeout = "30"', "units s, min, h, d"),
+        ('[attach]\ntimeout = "30 parsecs"', "units s, min, h, d"),
+        ('[attach]\ntimeout = "-5s"', "units s, min, h, d"),
+        ('[attach]\noverlay_size = "1GB"', "units B, KiB"),
+        ('[attach]\noverlay_size = "1KiB"', "at least 1MiB"),
+        ("[attach]\noverlay_size = []", "units B, KiB"),
+        ("[attach]\noverlay_size = nan", "at least 1MiB"),
+        ("[attach]\noverlay_size = inf", "at least 1MiB"),
+        ('[attach]\nbackend = "magic"', "'auto' or 'fuse'"),
+        ("[attach]\nbackend = []", "'auto' or 'fuse'"),
+        ("[attach]\nserver_uid = 0", "from 1"),
+        ("[attach]\nserver_uid = 4294967295", "from 1"),
+        ("[attach]\nserver_uid = 61000", "must not overlap"),
+        ("[attach]\nprobe_uid = 60999", "must not overlap"),
+        ('[readers]\nuids = "61000"', "a range"),
+        ('[readers]\nuids = "0-100"', "a range"),
+        ('[readers]\nuids = "200-100"', "a range"),
+        ("[readers]\nuids = 61000", "a range"),
+        ('[readers]\nuids = "1000-1003"', "mounts.max needs 8"),
+        ('[database]\nurl = "mysql://x"', "sqlite:///"),
+        ('[database]\nurl = "sqlite:///relative.db"', "sqlite:///"),
+        ("[mounts", "restored.toml"),
+    ],
+)
+def test_a_mistake_refuses_to_start_and_names_the_file(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        parsed(text, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/restored.toml: ")
+
+
+def test_a_file_that_cannot_be_read_is_no_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path / "binary")
