@@ -1,0 +1,1 @@
+"""Everything that touches the kernel, one module per kind of thing."""

@@ -1,0 +1,316 @@
+"""The only place that starts programs.
+
+A program is an absolute path found once at start in a fixed list of directories, an argv list, an environment built
+here, stdin from nowhere and descriptors named one by one. How much it may do stands in its ``Jail``: uid,
+capabilities, network, memory and processor time. Every child carries a parent-death signal, so that a killed daemon
+leaves none behind; children are started from the event loop's (main) thread only, because that signal follows the
+thread. A ``Child`` has one owner, who waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sendense_restored import errors, names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+log = logging.getLogger(__name__)
+
+DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "util-linux", "sh": "dash"}
+# $0 is the daemon's process id: go on only if that is still the parent.
+_WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
+_MOST_OUTPUT = 4 << 20
+# A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
+_GRACE = 5.0
+_LAST_WORDS = 0.5
+_STDERR_LINES = 40
+# The event loop itself holds tasks by weak references only.
+_FOLLOWED: set[asyncio.Task[int]] = set()
+
+
+class ToolMissingError(Exception):
+    """A program that the daemon cannot work without is not installed; the message names it and its package."""
+
+
+class ToolError(Exception):
+    """A program failed. ``str()`` is for the journal: it holds argv and stderr, never for a client."""
+
+    def __init__(self, argv: Sequence[str], returncode: int | None, stderr: str) -> None:
+        how = "gave no answer in time" if returncode is None else f"ended with {returncode}"
+        super().__init__(f"{shlex.join(argv)} {how}: {stderr.strip() or '(no message)'}")
+        self.argv = tuple(argv)
+        self.returncode = returncode
+        """None if it was killed because its time was up."""
+        self.stderr = stderr
+
+
+@dataclass(frozen=True)
+class Jail:
+    """What a program may do. The default is: nothing but compute.
+
+    ``uid`` also is the gid, with no supplementary groups; ``capabilities`` are lower-case names without ``cap_``,
+    and are inheritable, ambient (if ``uid`` is not 0) and the whole bounding set. ``memory`` is RLIMIT_DATA in
+    bytes, ``cpu`` is RLIMIT_CPU in seconds, None is unlimited (for servers).
+    """
+
+    uid: int
+    capabilities: frozenset[str] = frozenset()
+    network: bool = False
+    own_mounts: bool = False
+    """Whether it gets a mount namespace of its own, a copy of ours. A server must: one that is the last to hold a
+    namespace takes its mounts down while it dies, and waits for ever for itself if it serves one of them."""
+    memory: int = 512 << 20
+    cpu: int | None = 60
+    files: int = 256
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A program that ended with 0, or with a status that the caller said is fine."""
+
+    returncode: int
+    stdout: bytes
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The programs that this daemon may start, by name."""
+
+    paths: Mapping[str, str]
+    held: int = field(default=-1, kw_only=True)
+    """A descriptor for every program that shares our mount namespace, if there is one (``keeper``)."""
+
+    @classmethod
+    def find(cls, required: Mapping[str, str], optional: Sequence[str] = ()) -> Tools:
+        """Look for programs in ``DIRECTORIES``.
+
+        ``required`` maps a program to the Debian package that has it. Raises ToolMissingError.
+        """
+        wanted = {**_JAIL_TOOLS, **required}
+        paths = {}
+        for name in (*wanted, *optional):
+            for directory in DIRECTORIES:
+                candidate = Path(directory, name)
+                if os.access(candidate, os.X_OK):
+                    paths[name] = str(candidate)
+                    break
+        missing = [f"{name} (package {wanted[name]})" for name in wanted if name not in paths]
+        if missing:
+            raise ToolMissingError(f"not found in {':'.join(DIRECTORIES)}: {', '.join(missing)}; install them")
+        return cls(paths)
+
+    def has(self, name: str) -> bool:
+        """Whether an optional program is there."""
+        return name in self.paths
+
+    def argv(self, jail: Jail, name: str, *arguments: str) -> list[str]:
+        """The command line that runs program ``name`` (or, with a slash in it, that very file) in ``jail``.
+
+        The jail is made by util-linux' own tools, one exec after the other, so no Python runs between fork and exec.
+        """
+        program = name if "/" in name else self.paths[name]
+        # First of all, so that the daemon's death never leaves it behind. A change of uid clears the signal, and
+        # setpriv sets it again: whoever lost the daemon in between is stopped by the last link of the chain.
+        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--"]
+        limits = [f"--data={jail.memory}", f"--nofile={jail.files}", "--core=0"]
+        if jail.cpu is not None:
+            limits.append(f"--cpu={jail.cpu}")
+        command += [self.paths["prlimit"], *limits, "--"]
+        spaces = [] if jail.network else ["--net"]
+        if jail.own_mounts:
+            spaces += ["--mount", "--propagation=slave"]
+        if spaces:
+            command += [self.paths["unshare"], *spaces, "--"]
+        kept = "".join(f",+{capability}" for capability in sorted(jail.capabilities))
+        command += [self.paths["setpriv"], "--no-new-privs", "--pdeathsig=KILL", f"--bounding-set=-all{kept}"]
+        command.append(f"--inh-caps=-all{kept}")
+        if jail.uid != 0:
+            command += [f"--ambient-caps=-all{kept}"]
+        command += [f"--reuid={jail.uid}", f"--regid={jail.uid}", "--clear-groups", "--"]
+        return [*command, self.paths["sh"], "-c", _WITH_PARENT, str(os.getpid()), program, *arguments]
+
+    async def run(
+        self,
+        jail: Jail,
+        name: str,
+        *arguments: str,
+        seconds: float,
+        fds: Sequence[int] = (),
+        accept: Sequence[int] = (0,),
+        environment: Mapping[str, str] | None = None,
+    ) -> Completed:
+        """Run a program to its end.
+
+        ``fds`` stay open in it under their own numbers. Raises ToolError if it ends with a status that is not in
+        ``accept``, or is not done after ``seconds`` or writes too much (it is killed then). Cancelling kills it. One
+        that the kernel does not let go is left to itself after a few seconds more.
+        """
+        child = await self.spawn(jail, name, *arguments, fds=fds, capture=True, environment=environment)
+        try:
+            async with asyncio.timeout(seconds):
+                stdout = await child.output()
+                returncode = await child.wait()
+        except TimeoutError:
+            raise ToolError([name, *arguments], None, child.stderr) from None
+        finally:
+            await child.close()
+        if returncode not in accept:
+            raise ToolError([name, *arguments], returncode, child.stderr)
+        return Completed(returncode, stdout, child.stderr)
+
+    async def spawn(
+        self,
+        jail: Jail,
+        name: str,
+        *arguments: str,
+        fds: Sequence[int] = (),
+        capture: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> Child:
+        """Start a program; whoever calls this owns it and must ``close`` it. Raises OSError."""
+        if self.held >= 0 and not jail.own_mounts:
+            fds = (*fds, self.held)
+        return await _spawn(self.argv(jail, name, *arguments), name, fds, capture=capture, environment=environment)
+
+    async def spawn_keeper(self, name: str, *arguments: str, stdin: int) -> Child:
+        """Start the one program that outlives the daemon for a moment (``keeper``): no parent-death signal."""
+        command = [self.paths["setpriv"], "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+        # Root without a capability: whoever has a process's uid can look through its /proc/PID/root, and this one is
+        # in the mount namespace where all guests' files are.
+        command += ["--clear-groups", "--", self.paths[name], *arguments]
+        return await _spawn(command, name, (), capture=False, environment=None, stdin=stdin)
+
+
+async def _spawn(
+    argv: Sequence[str],
+    name: str,
+    fds: Sequence[int],
+    *,
+    capture: bool,
+    environment: Mapping[str, str] | None,
+    stdin: int = asyncio.subprocess.DEVNULL,
+) -> Child:
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE if capture else asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=tuple(fds),
+        cwd="/",
+        env={"PATH": ":".join(DIRECTORIES), "LC_ALL": "C", **(environment or {})},
+        start_new_session=True,
+    )
+    return Child(Path(name).name, process)
+
+
+@dataclass
+class Child:
+    """A running program with one owner.
+
+    Its stderr is read all the time (a full pipe would stop it); the last lines are kept for the error message.
+    """
+
+    name: str
+    process: asyncio.subprocess.Process
+    _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_STDERR_LINES))
+
+    def __post_init__(self) -> None:
+        self._ended = asyncio.create_task(self._follow(), name=f"{self.name}[{self.pid}]")
+        _FOLLOWED.add(self._ended)
+        self._ended.add_done_callback(_FOLLOWED.discard)
+
+    @property
+    def pid(self) -> int:
+        """Its process id: the jail's tools replace each other by exec, so it is the program's own."""
+        return self.process.pid
+
+    @property
+    def stderr(self) -> str:
+        """The last lines that it wrote to stderr."""
+        return "\n".join(self._lines)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended and was waited for."""
+        return self._ended.done()
+
+    async def _follow(self) -> int:
+        reading = asyncio.create_task(self._read_stderr(), name=f"stderr of {self.name}[{self.pid}]")
+        status = await self.process.wait()
+        # The last that it wrote is there already. The pipe's end need not be: a process that it has left behind may
+        # hold the other side for ever.
+        await asyncio.wait({reading}, timeout=_LAST_WORDS)
+        reading.cancel()
+        await asyncio.wait({reading})
+        return status
+
+    async def _read_stderr(self) -> None:
+        stream = self.process.stderr
+        assert stream is not None
+        rest = b""
+        while chunk := await stream.read(4096):
+            *lines, rest = (rest + chunk)[-65536:].split(b"\n")
+            self._lines.extend(map(_shown, lines))
+        if rest:
+            self._lines.append(_shown(rest))
+
+    async def output(self) -> bytes:
+        """All that it writes to stdout, at most 4 MiB; beyond that it is killed, as nothing we run writes so much."""
+        assert self.process.stdout is not None
+        parts, total = [], 0
+        while chunk := await self.process.stdout.read(65536):
+            total += len(chunk)
+            if total > _MOST_OUTPUT:
+                self.kill()
+                raise ToolError([self.name], None, f"wrote more than {_MOST_OUTPUT} bytes")
+            parts.append(chunk)
+        return b"".join(parts)
+
+    async def wait(self) -> int:
+        """Its exit status, negative for a signal (as subprocess has it). Cancelling does not touch the program."""
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        # Not the library's way: that may reap the child on the side, and its status is lost then. As long as there is
+        # no status, nobody has reaped it, so the number is still its own.
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)  # it leads a session: what it has started goes along
+
+    async def close(self) -> bool:
+        """Kill it if it still runs, and wait until the kernel has taken it away; may be called again.
+
+        False if the kernel does not let it go (a device or server that does not answer): it is waited for in the
+        background then, however long that takes.
+        """
+        self.kill()
+        # asyncio.wait leaves the task alone if the caller is cancelled: an unwaited child would stay as a zombie.
+        await asyncio.wait({self._ended}, timeout=_GRACE)
+        if not self.ended:
+            log.error("%s[%d] was killed and does not end: what it waits for does not answer", self.name, self.pid)
+        return self.ended
+
+
+def _shown(line: bytes) -> str:
+    """A line for the journal: what a tool says may hold a guest's labels and names."""
+    return names.displayable(line.decode(errors="replace"))[:500]
+
+
+def internal(what: str, error: Exception) -> errors.Failed:
+    """The error for a client when a program failed for no reason that the client can act on; logs the details."""
+    log.error("%s: %s", what, error)
+    return errors.Failed(f"{what} failed; the service's journal has the details")

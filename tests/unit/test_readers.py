@@ -1,0 +1,472 @@
+"""The daemon's side of a reader, against a peer on the other end of the socketpair that says what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import json
+import os
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from sendense_restored import errors, linux
+from sendense_restored.daemon.host import readers
+from sendense_restored.daemon.host.channel import Channel
+from sendense_restored.daemon.host.readers import MOST_REQUESTS, Reader
+from sendense_restored.reader import protocol
+from sendense_restored.reader.protocol import Entry, FileInfo, Listing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from sendense_restored.daemon.host.process import Child
+
+LONG = 60.0
+FILE = FileInfo("file", 5, 4096, 0o644, 0, 0, 1, 2, 3, 1, "", [], [], "")
+
+
+class Process:
+    """What a Reader needs of a child: it ends when it is killed, or when the test says so."""
+
+    def __init__(self) -> None:
+        self.pid = 4242
+        self.stderr = "its last words"
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def kill(self) -> None:
+        self.end(-9)
+
+    async def close(self) -> bool:
+        self.kill()
+        return True
+
+    def end(self, status: int) -> None:
+        if not self.ended.done():
+            self.ended.set_result(status)
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.ended)
+
+
+class Peer:
+    """The other end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(0)
+        protocol.prepare(sock)
+        self.sock = sock
+
+    async def request(self) -> tuple[dict[str, Any], list[int]]:
+        """The next request; descriptors belong to the caller."""
+        readable = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.sock, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self.sock)
+        frame = protocol.receive(self.sock, most_fds=protocol.MAX_FDS)
+        assert frame is not None
+        return frame
+
+    async def number(self) -> int:
+        """The id of the next request."""
+        message, fds = await self.request()
+        protocol.close_all(fds)
+        return int(message["id"])
+
+    def says(self, message: object, *fds: int) -> None:
+        protocol.send(self.sock, message if isinstance(message, bytes) else json.dumps(message).encode(), fds)
+
+
+class Scene:
+    """A reader and its peer, with one volume ``v`` given."""
+
+    def __init__(self, directory: Path) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = Process()
+        self.peer = Peer(theirs)
+        self.gone = 0
+        root = os.open(directory, os.O_PATH)
+        self.reader = Reader(cast("Child", self.process), 61000, ours, root, seconds=LONG, gone=self._gone)
+
+    def _gone(self) -> None:
+        self.gone += 1
+
+    async def give(self, root: int) -> None:
+        giving = asyncio.create_task(self.reader.give({"v": root}))
+        self.peer.says({"id": await self.peer.number(), "ok": {"v": [100, 40]}})
+        assert await giving == {"v": (100, 40)}
+
+
+@asynccontextmanager
+async def a_scene(volume: Path) -> AsyncIterator[Scene]:
+    scene = Scene(volume.parent)
+    root = os.open(volume, os.O_PATH)
+    try:
+        scene.peer.says({"id": 0, "ok": None})
+        await scene.reader.ready()
+        await scene.give(root)
+        yield scene
+    finally:
+        await scene.reader.close()
+        scene.peer.sock.close()
+        os.close(root)
+        assert scene.gone == 1
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    volume = tmp_path / "v"
+    volume.mkdir()
+    return volume
+
+
+@pytest.fixture
+async def scene(volume: Path) -> AsyncIterator[Scene]:
+    async with a_scene(volume) as scene:
+        yield scene
+
+
+@pytest.fixture
+def file(volume: Path) -> Iterator[int]:
+    """A file of the volume as an honest reader opens it."""
+    (volume / "file").write_bytes(b"12345")
+    descriptor = os.open(volume / "file", os.O_RDONLY | os.O_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+# --- an honest reader -------------------------------------------------------------------------------------------
+
+
+async def test_a_file_is_handed_over_without_the_flags_it_was_opened_with(scene: Scene, file: int) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    message, _ = await scene.peer.request()
+    assert (message["op"], message["volume"], message["path"]) == ("open", "v", "/file")
+    scene.peer.says({"id": message["id"], "ok": FILE}, file)
+    descriptor, info = await opening
+    try:
+        assert info == FILE
+        assert os.read(descriptor, 10) == b"12345"
+        assert not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NONBLOCK
+        assert not os.get_inheritable(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+async def test_answers_may_come_in_any_order_and_in_parts(scene: Scene) -> None:
+    listing = asyncio.create_task(scene.reader.list("v", (), limit=2, cursor=""))
+    first = await scene.peer.number()
+    stat = asyncio.create_task(scene.reader.stat("v", (b"file",)))
+    second = await scene.peer.number()
+    one, two = (Entry(name, "file", 1, 0o600, 0, "", {}) for name in "ab")
+    scene.peer.says({"id": first, "more": True, "ok": {"entries": [one]}})
+    scene.peer.says({"id": second, "ok": FILE})
+    assert await stat == FILE
+    scene.peer.says({"id": first, "ok": {"entries": [two], "cursor": "b"}})
+    assert await listing == Listing([one, two], "b")
+
+
+async def test_an_error_of_the_reader_is_raised_as_it_is(scene: Scene) -> None:
+    stat = asyncio.create_task(scene.reader.stat("v", ()))
+    scene.peer.says({"id": await scene.peer.number(), "error": "PathNotFound", "message": "there is no such file"})
+    with pytest.raises(errors.PathNotFound, match="no such file"):
+        await stat
+    assert not scene.reader.lost.done()
+
+
+@pytest.mark.parametrize(("limit", "cursor"), [(0, ""), (10_001, ""), (5, "\ud800"), (5, "x" * 1021)])
+async def test_a_limit_or_cursor_out_of_range_is_the_callers_fault(scene: Scene, limit: int, cursor: str) -> None:
+    with pytest.raises(errors.InvalidOption):
+        await scene.reader.list("v", (), limit=limit, cursor=cursor)
+
+
+async def test_many_roots_go_in_several_frames(scene: Scene, tmp_path: Path) -> None:
+    root = os.open(tmp_path, os.O_PATH)
+    try:
+        volumes = dict.fromkeys([f"w{number:03}" for number in range(100)], root)
+        for volume in volumes:
+            (tmp_path / volume).mkdir()
+        giving = asyncio.create_task(scene.reader.give(volumes))
+        for _ in range(2):
+            message, fds = await scene.peer.request()
+            assert len(fds) == len(message["volumes"])
+            protocol.close_all(fds)
+            scene.peer.says({"id": message["id"], "ok": dict.fromkeys(message["volumes"], (1, 1))})
+        assert (await giving).keys() == volumes.keys()
+    finally:
+        os.close(root)
+
+
+async def test_a_file_that_cannot_be_checked_is_not_handed_over(
+    scene: Scene, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    number = await scene.peer.number()
+    monkeypatch.setattr(linux, "mount_id", failing)
+    scene.peer.says({"id": number, "ok": FILE}, file)
+    with pytest.raises(errors.Failed):
+        await opening
+    assert not scene.reader.lost.done()
+
+
+# --- a hostile one ----------------------------------------------------------------------------------------------
+
+
+def of_null() -> int:
+    return os.open("/dev/null", os.O_RDONLY)
+
+
+def of_memory() -> int:
+    return os.memfd_create("hostile")
+
+
+def of_a_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(writing)
+    return reading
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_null,
+        of_memory,
+        of_a_pipe,
+        lambda: os.open("/proc/self/status", os.O_RDONLY),  # a regular file, of another mount
+        lambda: os.open("file", os.O_WRONLY),
+        lambda: os.open("file", os.O_RDWR),
+        lambda: os.open("file", os.O_PATH),
+        lambda: os.open(".", os.O_RDONLY),
+        lambda: os.open(".", os.O_PATH),
+        lambda: os.open("fifo", os.O_RDONLY | os.O_NONBLOCK),
+    ],
+    ids=["null", "memfd", "pipe", "other mount", "for writing", "for both", "O_PATH", "directory", "root", "fifo"],
+)
+async def test_a_descriptor_that_is_no_file_of_the_volume_ends_the_reader(
+    scene: Scene, file: int, volume: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], int]
+) -> None:
+    assert file >= 0
+    os.mkfifo(volume / "fifo")
+    monkeypatch.chdir(volume)
+    descriptor = make()
+    try:
+        opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+        scene.peer.says({"id": await scene.peer.number(), "ok": FILE}, descriptor)
+        with pytest.raises(errors.Unavailable):
+            await opening
+        assert "misbehaved" in await scene.reader.lost
+        assert scene.process.ended.done()
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("answer", [FILE._replace(kind="directory"), FILE._replace(size=-1), None])
+async def test_a_good_file_with_a_bad_description_ends_the_reader(scene: Scene, file: int, answer: object) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    scene.peer.says({"id": await scene.peer.number(), "ok": answer}, file)
+    with pytest.raises(errors.Unavailable):
+        await opening
+    await scene.reader.lost
+
+
+async def test_an_answer_without_the_file_ends_the_reader(scene: Scene) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE})
+    with pytest.raises(errors.Unavailable):
+        await opening
+    await scene.reader.lost
+
+
+async def test_a_file_of_a_volume_that_was_taken_back_ends_the_reader(scene: Scene, file: int) -> None:
+    taking = asyncio.create_task(scene.reader.take_back())
+    scene.peer.says({"id": await scene.peer.number(), "ok": None})
+    await taking
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE}, file)
+    with pytest.raises(errors.Unavailable):
+        await opening
+    await scene.reader.lost
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        lambda _: [(b"garbage", False)],
+        lambda _: [({"id": 999, "ok": None}, False)],
+        lambda _: [({"id": 0, "ok": None}, False)],
+        lambda number: [({"id": number, "ok": FILE}, True)],
+        lambda number: [({"id": number, "error": "NotAFile", "message": "no"}, True)],
+        lambda number: [({"id": number, "ok": FILE}, False), ({"id": number, "ok": FILE}, False)],
+        lambda number: [({"id": number, "more": True, "ok": FILE}, False)],
+        lambda number: [({"id": number, "ok": FILE._replace(target="a\0b")}, False)],
+        lambda number: [({"id": number, "error": "WrongSecret", "message": "what is it?"}, False)],
+        lambda _: [({}, True)],
+    ],
+    ids=["garbage", "unknown", "again", "fd", "error+fd", "twice", "part", "NUL", "error", "only fd"],
+)
+async def test_words_of_no_honest_reader_end_it(scene: Scene, file: int, words: Any) -> None:  # noqa: ANN401 - lambdas
+    asking = asyncio.create_task(scene.reader.stat("v", ()))
+    other = asyncio.create_task(scene.reader.list("v", (), limit=1, cursor=""))
+    number = await scene.peer.number()
+    await scene.peer.number()
+    for message, with_file in words(number):
+        scene.peer.says(message, *([file] if with_file else []))
+    with pytest.raises(errors.Unavailable):
+        await other
+    assert "misbehaved" in await scene.reader.lost
+    assert scene.process.ended.done()
+    await asyncio.wait([asking])
+    assert asking.exception() is None or isinstance(asking.exception(), errors.Unavailable)
+    with pytest.raises(errors.Unavailable):
+        await scene.reader.stat("v", ())
+
+
+@pytest.mark.parametrize("rows", [[], [["x"]]])
+async def test_parts_without_end_are_cut_off_even_when_nobody_waits_for_them(
+    scene: Scene, rows: list[object]
+) -> None:
+    listing = asyncio.create_task(scene.reader.list("v", (), limit=5, cursor=""))
+    number = await scene.peer.number()
+    listing.cancel()
+    scene.peer.says({"id": number, "more": True, "ok": {"entries": rows}})
+    await scene.reader.lost
+
+
+# --- time, load and the end -------------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_comes_too_late_is_dropped_with_its_file(scene: Scene, file: int) -> None:
+    scene.reader._seconds = 0.01
+    with pytest.raises(errors.Timeout):
+        await scene.reader.open("v", (b"file",))
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE}, file)
+    scene.reader._seconds = LONG
+    stat = asyncio.create_task(scene.reader.stat("v", ()))  # its answer comes after the late one
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE})
+    assert await stat == FILE
+    assert not scene.reader.lost.done()
+
+
+async def test_a_root_outside_of_the_mounts_directory_is_not_lent(scene: Scene, volume: Path) -> None:
+    elsewhere = os.open("/proc", os.O_PATH)
+    try:
+        (volume.parent / "w").mkdir()
+        for name in ("w", "missing"):
+            with pytest.raises(errors.Failed):
+                await scene.reader.give({name: elsewhere})
+    finally:
+        os.close(elsewhere)
+
+
+async def test_a_file_that_arrives_in_the_moment_of_giving_up_is_closed(scene: Scene, file: int) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
+    number = await scene.peer.number()
+    scene.peer.says({"id": number, "ok": FILE}, file)
+    scene.reader._channel._take_in()  # type: ignore[union-attr] # the answer is in, the task has not run yet
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()  # and the check for leftovers sees whether the descriptor is closed
+
+
+async def test_requests_beyond_the_bound_are_refused_until_some_are_answered(scene: Scene) -> None:
+    asking = [asyncio.create_task(scene.reader.stat("v", ())) for _ in range(MOST_REQUESTS)]
+    numbers = [await scene.peer.number() for _ in asking]
+    with pytest.raises(errors.LimitReached):
+        await scene.reader.stat("v", ())
+    asking[0].cancel()
+    await asyncio.wait([asking[0]])
+    with pytest.raises(errors.LimitReached):  # given up, but the reader still works on it
+        await scene.reader.stat("v", ())
+    scene.peer.says({"id": numbers[0], "ok": FILE})
+    scene.peer.says({"id": numbers[1], "ok": FILE})
+    await asking[1]
+    asking.append(asyncio.create_task(scene.reader.stat("v", ())))
+    await scene.peer.number()
+    await scene.reader.close()
+    done, _ = await asyncio.wait(asking[2:])
+    assert all(isinstance(task.exception(), errors.Unavailable) for task in done)
+
+
+async def test_roots_can_be_taken_back_when_all_else_hangs(scene: Scene) -> None:
+    asking = [asyncio.create_task(scene.reader.stat("v", ())) for _ in range(MOST_REQUESTS)]
+    for _ in asking:
+        await scene.peer.number()
+    taking = asyncio.create_task(scene.reader.take_back())
+    scene.peer.says({"id": await scene.peer.number(), "ok": None})
+    await taking
+    await scene.reader.close()
+    await asyncio.wait(asking)
+
+
+@pytest.mark.parametrize(("status", "reason"), [(-31, "signal 31"), (3, "status 3")])
+async def test_a_reader_that_ends_by_itself_is_lost_and_tells_how(scene: Scene, status: int, reason: str) -> None:
+    asking = asyncio.create_task(scene.reader.stat("v", ()))
+    await scene.peer.number()
+    scene.process.end(status)
+    assert reason in await scene.reader.lost
+    with pytest.raises(errors.Unavailable):
+        await asking
+    await scene.reader.take_back()  # nothing holds the roots any more
+
+
+async def test_a_closed_socket_ends_the_reader(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_GRACE", 0.01)
+    asking = asyncio.create_task(scene.reader.stat("v", ()))
+    await scene.peer.number()
+    scene.peer.sock.close()
+    await scene.reader.lost
+    assert scene.process.ended.done()
+    with pytest.raises(errors.Unavailable):
+        await asking
+
+
+async def test_closing_cancels_lost(scene: Scene) -> None:
+    await scene.reader.close()
+    await scene.reader.close()
+    assert scene.reader.lost.cancelled()
+
+
+# --- the channel ------------------------------------------------------------------------------------------------
+
+
+async def test_frames_that_find_no_room_wait_and_arrive_in_order_with_descriptors() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer = Peer(theirs)
+    channel = Channel(ours, lambda _message, _fds: None, lambda _offence: None)
+    try:
+        for number in range(50):
+            with open("/dev/null", "rb") as null:  # noqa: ASYNC230, PTH123 - closed before its frame is out
+                channel.send({"number": number, "fill": "x" * 100_000}, [null.fileno()])
+        for number in range(50):
+            message, fds = await peer.request()
+            protocol.close_all(fds)
+            assert (message["number"], len(fds)) == (number, 1)
+    finally:
+        channel.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("closed_by", ["us", "them"])
+async def test_descriptors_of_frames_that_never_go_out_are_closed(closed_by: str) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ended = asyncio.get_running_loop().create_future()
+    channel = Channel(ours, lambda _message, _fds: None, ended.set_result)
+    with open("/dev/null", "rb") as null:  # noqa: ASYNC230, PTH123 - any file
+        for _ in range(50):
+            channel.send({"fill": "x" * 100_000}, [null.fileno()])
+    if closed_by == "them":
+        theirs.close()
+        assert await ended is None
+    else:
+        channel.close()
+        theirs.close()
