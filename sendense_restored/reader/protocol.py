@@ -1,0 +1,389 @@
+"""The wire between the daemon and a reader: frames, answers and file descriptors over a socketpair.
+
+A frame is one packet of a SOCK_SEQPACKET pair, at most 128 KiB, and holds one JSON object. The daemon asks
+``{id, op, ...}``; the reader answers ``{id, ok}`` or ``{id, error, message}``, and a long listing in several frames,
+all but the last marked ``more``. Descriptors travel beside their frame (SCM_RIGHTS).
+
+The daemon trusts nothing that comes from a reader, which reads hostile file systems: every value is checked for
+type, size and range here, where the wire is defined, and a frame that an honest reader would not send is a
+ProtocolError. Both sides import this module, so it holds no policy and imports little: a reader's start has to be
+quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sendense_restored import errors, names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MAX_FRAME = 128 << 10
+"""Bytes of the longest frame: below the default send buffer of a socket (net.core.wmem_default), which bounds it."""
+
+MAX_FDS = 64
+"""Descriptors in one frame; the kernel's own limit is 253 (SCM_MAX_FD)."""
+
+MAX_LIMIT = 10_000
+"""Entries of the longest page of a listing."""
+
+MAX_XATTRS = 16 << 10
+"""Bytes of a file's extended attribute names that are told, so that they always fit a frame."""
+
+_MAX_MESSAGE = 2000
+_SEND_BUFFER = 2 * MAX_FRAME
+_FRAME_MARGIN = 256  # what stands around the entries of a listing, apart from the cursor
+
+U32, U64, I64 = 2**32 - 1, 2**64 - 1, 2**63 - 1
+
+KINDS = frozenset({"file", "directory", "symlink", "fifo", "socket", "block", "char"})
+
+# What a reader may say went wrong: not, for example, that the caller is not authorized.
+_ERRORS = {
+    cls.__name__: cls
+    for cls in (
+        errors.InvalidPath,
+        errors.PathNotFound,
+        errors.NotAFile,
+        errors.NotADirectory,
+        errors.Unreadable,
+        errors.Unavailable,
+    )
+}
+
+
+class ProtocolError(Exception):
+    """The other side sent what an honest one never sends; the message says what, in a few words."""
+
+
+class Usage(NamedTuple):
+    """How full a volume is, in bytes; both are 0 where the file system cannot say."""
+
+    size: int
+    used: int
+
+
+class Entry(NamedTuple):
+    """One line of a listing. ``name`` and ``target`` are in text form, ``mode`` has the permission bits.
+
+    ``extras`` may hold ``unreadable`` (a sentence), ``time_clamped``, and ``nlink`` of a file with several names.
+    """
+
+    name: str
+    kind: str
+    size: int
+    mode: int
+    mtime_ns: int
+    target: str
+    extras: dict[str, str | int | bool]
+
+
+class Listing(NamedTuple):
+    """A page of a directory; ``cursor`` asks for the next one and is empty on the last."""
+
+    entries: list[Entry]
+    cursor: str
+
+
+class FileInfo(NamedTuple):
+    """What is known of one file: sizes in bytes, times in ns since the epoch, names in text form."""
+
+    kind: str
+    size: int
+    allocated: int
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    nlink: int
+    target: str
+    xattrs: list[str]
+    streams: list[str]
+    unreadable: str
+    """Why its content cannot be given faithfully; empty if it can."""
+    time_clamped: bool = False
+
+
+class Reply(NamedTuple):
+    """An answer whose frame is well formed: either ``error`` is set, or ``answer`` holds what is still unchecked."""
+
+    id: int
+    more: bool
+    answer: object
+    error: errors.RestoreError | None
+
+
+# --- frames -----------------------------------------------------------------------------------------------------
+
+_dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+def prepare(sock: socket.socket) -> None:
+    """Make room for frames of full length."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """The frame that carries ``message``."""
+    frame = _dump(message).encode()
+    if len(frame) > MAX_FRAME:
+        raise ProtocolError("a message too long for a frame")
+    return frame
+
+
+def send(sock: socket.socket, frame: bytes, fds: Sequence[int] = ()) -> None:
+    """Send a frame with copies of ``fds``. Raises OSError: BlockingIOError on a full socket that does not block."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+    sock.sendmsg([frame], rights, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket, *, most_fds: int) -> tuple[dict[str, Any], list[int]] | None:
+    """The next frame and the descriptors that came with it, which belong to the caller; None if the peer has closed.
+
+    Raises ProtocolError for a frame that is no message, with its descriptors closed, and OSError.
+    """
+    room = socket.CMSG_SPACE(max(most_fds, 1) * 4)
+    data, ancillary, flags, _ = sock.recvmsg(MAX_FRAME + 1, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.extend(struct.unpack(f"{len(content) // 4}i", content[: len(content) // 4 * 4]))
+    if not data and not fds:
+        return None
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
+            raise ProtocolError("a frame that is too long")
+        if len(fds) > most_fds:
+            raise ProtocolError("more descriptors than any frame has")
+        return _decode(data), fds
+    except ProtocolError:
+        close_all(fds)
+        raise
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        raise ProtocolError("a frame that is not JSON") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("a frame that is no message")
+    return message
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors."""
+    for descriptor in fds:
+        os.close(descriptor)
+
+
+# --- the reader's side of answers -------------------------------------------------------------------------------
+
+
+def error_frame(number: int, error: errors.RestoreError) -> bytes:
+    """The frame that says why request ``number`` failed."""
+    message = names.displayable(error.message)[:_MAX_MESSAGE]
+    return encode({"id": number, "error": type(error).__name__, "message": message})
+
+
+def answer_frame(number: int, answer: object) -> bytes:
+    """The frame that answers request ``number``."""
+    return encode({"id": number, "ok": answer})
+
+
+def listing_frames(number: int, listing: Listing) -> Iterator[bytes]:
+    """The frames that answer request ``number`` with a page, each as full as it can be."""
+    cursor = _dump(listing.cursor).encode()
+    room = MAX_FRAME - _FRAME_MARGIN - len(cursor)
+    parts: list[bytes] = []
+    size = 0
+    for entry in listing.entries:
+        part = _dump(entry).encode()
+        if size + len(part) + 1 > room:
+            yield b'{"id":%d,"more":true,"ok":{"entries":[%s]}}' % (number, b",".join(parts))
+            parts, size = [], 0
+        parts.append(part)
+        size += len(part) + 1
+    yield b'{"id":%d,"ok":{"entries":[%s],"cursor":%s}}' % (number, b",".join(parts), cursor)
+
+
+# --- the daemon's side: nothing is believed ---------------------------------------------------------------------
+
+
+def _number(value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:  # not isinstance: True is no number
+        raise ProtocolError("a number of the wrong type or size")
+    return value
+
+
+def _truth(value: object) -> bool:
+    if type(value) is not bool:
+        raise ProtocolError("a truth value of the wrong type")
+    return value
+
+
+def _row(value: object, length: int) -> list[object]:
+    if not isinstance(value, list) or len(value) != length:
+        raise ProtocolError("a record of the wrong shape")
+    return value
+
+
+def _sentence(value: object) -> str:
+    if not isinstance(value, str) or len(value) > _MAX_MESSAGE or names.displayable(value) != value:
+        raise ProtocolError("a message that cannot be shown")
+    return value
+
+
+def _text(value: object, longest: int) -> tuple[str, bytes]:
+    """A name or link target in text form, and the bytes that it stands for."""
+    if not isinstance(value, str) or len(value) > longest:
+        raise ProtocolError("a name of the wrong type or length")
+    try:
+        raw = value.encode() if value.isascii() else names.to_bytes(value)
+    except errors.InvalidPath:
+        raise ProtocolError("a name that is not in text form") from None
+    if b"\0" in raw or len(raw) > longest:
+        raise ProtocolError("a name that no file can have")
+    return value, raw
+
+
+def _name(value: object) -> tuple[str, bytes]:
+    text, raw = _text(value, names.MAX_NAME)
+    if raw in {b"", b".", b".."} or b"/" in raw:
+        raise ProtocolError("a name that no file can have")
+    return text, raw
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, str) or value not in KINDS:
+        raise ProtocolError("a kind of file that there is not")
+    return value
+
+
+def parse_reply(message: dict[str, Any]) -> Reply:
+    """The frame of an answer. Raises ProtocolError."""
+    number = _number(message.get("id"), 0, U32)
+    if message.keys() == {"id", "error", "message"}:
+        name, sentence = message["error"], _sentence(message["message"])
+        if not isinstance(name, str) or name not in _ERRORS:
+            raise ProtocolError("an error that a reader cannot have")
+        return Reply(number, more=False, answer=None, error=_ERRORS[name](sentence))
+    if "ok" not in message or not message.keys() <= {"id", "more", "ok"}:
+        raise ProtocolError("an answer of the wrong shape")
+    return Reply(number, more=_truth(message.get("more", False)), answer=message["ok"], error=None)
+
+
+def parse_usage(answer: object, volumes: Sequence[str]) -> dict[str, Usage]:
+    """The answer to ``give``: how full each of ``volumes`` is. Raises ProtocolError."""
+    if not isinstance(answer, dict) or answer.keys() != set(volumes):
+        raise ProtocolError("the usage of other volumes than asked for")
+    rows = {volume: _row(answer[volume], 2) for volume in volumes}
+    return {volume: Usage(_number(size, 0, U64), _number(used, 0, U64)) for volume, (size, used) in rows.items()}
+
+
+def parse_info(answer: object) -> FileInfo:
+    """The answer to ``stat``, and to ``open``. Raises ProtocolError."""
+    row = _row(answer, len(FileInfo._fields))
+    (
+        kind,
+        size,
+        allocated,
+        mode,
+        uid,
+        gid,
+        atime,
+        mtime,
+        ctime,
+        nlink,
+        target,
+        xattrs,
+        streams,
+        unreadable,
+        clamped,
+    ) = row
+    if not isinstance(xattrs, list) or not isinstance(streams, list):
+        raise ProtocolError("a record of the wrong shape")
+    return FileInfo(
+        kind=_kind(kind),
+        size=_number(size, 0, U64),
+        allocated=_number(allocated, 0, U64),
+        mode=_number(mode, 0, 0o7777),
+        uid=_number(uid, 0, U32),
+        gid=_number(gid, 0, U32),
+        atime_ns=_number(atime, -I64 - 1, I64),
+        mtime_ns=_number(mtime, -I64 - 1, I64),
+        ctime_ns=_number(ctime, -I64 - 1, I64),
+        nlink=_number(nlink, 0, U32),
+        target=_text(target, names.MAX_PATH)[0],
+        xattrs=[_text(name, names.MAX_NAME)[0] for name in xattrs],
+        streams=[_text(name, names.MAX_NAME)[0] for name in streams],
+        unreadable=_sentence(unreadable),
+        time_clamped=_truth(clamped),
+    )
+
+
+def _parse_entry(value: object) -> tuple[bytes, Entry]:
+    name, kind, size, mode, mtime, target, extras = _row(value, len(Entry._fields))
+    text, raw = _name(name)
+    if not isinstance(extras, dict) or not extras.keys() <= {"unreadable", "time_clamped", "nlink"}:
+        raise ProtocolError("extras that there are not")
+    checked: dict[str, str | int | bool] = {}
+    if "unreadable" in extras:
+        checked["unreadable"] = _sentence(extras["unreadable"])
+    if "time_clamped" in extras:
+        checked["time_clamped"] = _truth(extras["time_clamped"])
+    if "nlink" in extras:
+        checked["nlink"] = _number(extras["nlink"], 0, U32)
+    return raw, Entry(
+        name=text,
+        kind=_kind(kind),
+        size=_number(size, 0, U64),
+        mode=_number(mode, 0, 0o7777),
+        mtime_ns=_number(mtime, -I64 - 1, I64),
+        target=_text(target, names.MAX_PATH)[0],
+        extras=checked,
+    )
+
+
+class ListingParts:
+    """Puts the frames of one listing together.
+
+    Names must rise from frame to frame and begin after the cursor that was asked with, so that no reader can send a
+    client round in circles; their number is bounded by the limit that was asked for.
+    """
+
+    def __init__(self, *, limit: int, cursor: str) -> None:
+        self._left = limit
+        self._last = names.to_bytes(cursor)
+        self._entries: list[Entry] = []
+
+    def add(self, answer: object, *, last: bool) -> None:
+        """One more frame. Raises ProtocolError."""
+        if not isinstance(answer, dict) or answer.keys() != ({"entries", "cursor"} if last else {"entries"}):
+            raise ProtocolError("a listing of the wrong shape")
+        rows = answer["entries"]
+        if not isinstance(rows, list) or len(rows) > self._left or not (rows or last):
+            raise ProtocolError("a listing of the wrong length")
+        self._left -= len(rows)
+        for row in rows:
+            raw, entry = _parse_entry(row)
+            if raw <= self._last:
+                raise ProtocolError("a listing that is not in order")
+            self._last = raw
+            self._entries.append(entry)
+
+    def listing(self, answer: object) -> Listing:
+        """The whole page, of which ``answer`` is the last frame. Raises ProtocolError."""
+        self.add(answer, last=True)
+        assert isinstance(answer, dict)
+        cursor = answer["cursor"]
+        if cursor != "" and (not self._entries or cursor != self._entries[-1].name):
+            raise ProtocolError("a cursor that is not the last name")
+        return Listing(self._entries, str(cursor))

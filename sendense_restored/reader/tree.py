@@ -1,0 +1,303 @@
+"""Guest paths below a volume's root: listing, stat and open.
+
+Every function takes the root as an O_PATH descriptor and a path as components. The kernel resolves the path as if the
+root were ``/`` (RESOLVE_IN_ROOT): absolute links of the guest and ``..`` in them stay inside, magic links and other
+mounts are refused. What an OSError means to a client is decided once, in ``refused``.
+
+The volume is read-only, but its driver may be hostile: nothing is opened before its type is known, and nothing is
+believed to be the same because it has the same name.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import stat as stat_module
+from typing import TYPE_CHECKING
+
+from sendense_restored import errors, linux, names
+
+from .protocol import I64, MAX_XATTRS, U32, U64, Entry, FileInfo, Listing, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_RESOLVE = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS | linux.RESOLVE_NO_XDEV
+# O_NOATIME is left out: it takes the owner's rights, and the mount is read-only anyway.
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_CHECK_EVERY = 256
+_LONGEST_SHOWN = 200
+
+_KINDS = {
+    stat_module.S_IFREG: "file",
+    stat_module.S_IFDIR: "directory",
+    stat_module.S_IFLNK: "symlink",
+    stat_module.S_IFIFO: "fifo",
+    stat_module.S_IFSOCK: "socket",
+    stat_module.S_IFBLK: "block",
+    stat_module.S_IFCHR: "char",
+}
+_WITH_ARTICLE = {
+    "directory": "a directory",
+    "symlink": "a symbolic link",
+    "fifo": "a named pipe",
+    "socket": "a socket",
+    "block": "a block device",
+    "char": "a character device",
+    "file": "a file",
+}
+
+_DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE})
+_NO_RESOURCES = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR})
+
+
+def shown(path: tuple[bytes, ...]) -> str:
+    """``path`` in quotes as a message may show it, shortened in the middle."""
+    text = names.displayable(names.format_path(path))
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[: _LONGEST_SHOWN // 2]}...{text[-_LONGEST_SHOWN // 2 :]}"
+    return f"'{text}'"
+
+
+def refused(error: OSError, path: tuple[bytes, ...]) -> errors.RestoreError:
+    """The error for a client, from what the kernel said about ``path``."""
+    number, what = error.errno, shown(path)
+    if number in {errno.ENOENT, errno.ENOTDIR}:
+        return errors.PathNotFound(f"there is no {what} in this volume; list the directory above it")
+    if number == errno.ELOOP:
+        # The path itself is fine, so this is no InvalidPath: what it names does not exist.
+        return errors.PathNotFound(f"the symbolic links of {what} lead in a circle; no file is at their end")
+    if number == errno.ENAMETOOLONG:
+        return errors.InvalidPath(f"{what} is longer than this volume's file system allows")
+    if number in _NO_RESOURCES:
+        return errors.Unavailable("the mount's reader is short of memory or descriptors; try again in a moment")
+    if number in _DAMAGED:
+        return errors.Unreadable(f"the file system is damaged at {what}, or its storage failed; try an older backup")
+    reason = os.strerror(number) if number else "unknown error"
+    return errors.Unreadable(f"the file system did not give {what} ({reason}); try an older backup")
+
+
+def _resolve(root: int, path: tuple[bytes, ...], flags: int) -> int:
+    return linux.openat2(root, b"/".join(path) or b".", flags, resolve=_RESOLVE)
+
+
+def _clamped(nanoseconds: int) -> int:
+    # ext4 knows years beyond 2400, whose nanoseconds exceed 64 bits.
+    return max(-I64 - 1, min(nanoseconds, I64))
+
+
+def _kind(status: os.stat_result) -> str:
+    return _KINDS.get(stat_module.S_IFMT(status.st_mode), "")
+
+
+def usage(root: int) -> Usage:
+    """How full the volume is; zeros if it cannot say."""
+    try:
+        counts = os.fstatvfs(root)
+    except OSError:
+        return Usage(0, 0)
+    size = counts.f_blocks * counts.f_frsize
+    used = max(counts.f_blocks - counts.f_bfree, 0) * counts.f_frsize
+    return Usage(min(size, U64), min(used, U64))
+
+
+# --- open -------------------------------------------------------------------------------------------------------
+
+
+def open_file(root: int, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
+    """A read-only descriptor of the regular file at ``path``, which belongs to the caller; links are followed.
+
+    Three steps, because opening is an act: it wakes the writer of a FIFO and reaches the driver of a device. First
+    O_PATH, which opens nothing; the type is decided on that. Then the open that counts, by path, since an empty root
+    has no /proc to reopen a descriptor through, and O_NONBLOCK in case that something else stands there now. Last
+    proof that both are one inode. Raises NotAFile, PathNotFound, InvalidPath, Unreadable or Unavailable.
+    """
+    try:
+        handle = _resolve(root, path, os.O_PATH)
+    except OSError as error:
+        raise refused(error, path) from None
+    try:
+        status = os.fstat(handle)
+        if not stat_module.S_ISREG(status.st_mode):
+            what = _WITH_ARTICLE.get(_kind(status), "no file")
+            raise errors.NotAFile(f"{shown(path)} is {what}, and only regular files can be opened")
+        return _open_same(root, path, status), _info(status, "", [], "")
+    except OSError as error:
+        raise refused(error, path) from None
+    finally:
+        os.close(handle)
+
+
+def _open_same(root: int, path: tuple[bytes, ...], status: os.stat_result, flags: int = 0) -> int:
+    """Open what ``status`` describes. Raises OSError, ESTALE if the path now leads elsewhere."""
+    descriptor = _resolve(root, path, _READ | flags)
+    opened = os.fstat(descriptor)
+    if os.path.samestat(status, opened) and status.st_mode == opened.st_mode:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+# --- stat -------------------------------------------------------------------------------------------------------
+
+
+def stat(root: int, path: tuple[bytes, ...]) -> FileInfo:
+    """What is known of ``path``; a link at its end is described, not followed.
+
+    Files and directories are opened too: only so their attribute names can be read, and a file that does not open is
+    told apart. Raises PathNotFound, InvalidPath, Unreadable or Unavailable.
+    """
+    try:
+        handle = _resolve(root, path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(handle)
+            target = _target(b"", handle) if stat_module.S_ISLNK(status.st_mode) else ""
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise refused(error, path) from None
+    xattrs, unreadable = [], ""
+    if stat_module.S_ISREG(status.st_mode) or stat_module.S_ISDIR(status.st_mode):
+        try:
+            descriptor = _open_same(root, path, status, os.O_NOFOLLOW)
+            try:
+                xattrs = _xattrs(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            unreadable = refused(error, path).message
+    elif not _kind(status):
+        unreadable = refused(OSError(errno.EUCLEAN, ""), path).message
+    return _info(status, target, xattrs, unreadable)
+
+
+def _info(status: os.stat_result, target: str, xattrs: list[str], unreadable: str) -> FileInfo:
+    times = (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
+    atime, mtime, ctime = map(_clamped, times)
+    return FileInfo(
+        kind=_kind(status) or "file",
+        size=max(status.st_size, 0),
+        allocated=min(max(status.st_blocks, 0) * 512, U64),
+        mode=stat_module.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        atime_ns=atime,
+        mtime_ns=mtime,
+        ctime_ns=ctime,
+        nlink=min(status.st_nlink, U32),
+        target=target,
+        xattrs=xattrs,
+        streams=[],
+        unreadable=unreadable,
+        time_clamped=(atime, mtime, ctime) != times,
+    )
+
+
+def _target(name: bytes, directory: int) -> str:
+    # A damaged link may hold a NUL; what the kernel follows ends there.
+    return names.to_text(os.readlink(name, dir_fd=directory).split(b"\0")[0])
+
+
+def _xattrs(descriptor: int) -> list[str]:
+    """The names of the file's extended attributes, the first 16 KiB of them; none where there are no such things."""
+    try:
+        found = [os.fsencode(name) for name in os.listxattr(descriptor)]
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return []
+        raise
+    kept, size = [], 0
+    for name in found:
+        size += len(name)
+        if size > MAX_XATTRS:
+            break
+        kept.append(names.to_text(name))
+    return kept
+
+
+# --- list -------------------------------------------------------------------------------------------------------
+
+
+def list_directory(
+    root: int, path: tuple[bytes, ...], *, limit: int, cursor: str, check: Callable[[], None]
+) -> Listing:
+    """The ``limit`` entries after the name ``cursor``, in the order of the names' bytes; links to it are followed.
+
+    The directory is read once per page, and only the page is held and looked at, so memory does not grow with the
+    directory and there is no size from which order is lost. ``check`` is called now and then and may raise.
+    Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
+    """
+    after = names.to_bytes(cursor)
+    try:
+        # O_DIRECTORY fails on anything else before it is opened (open(2)).
+        directory = _resolve(root, path, _READ | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno == errno.ENOTDIR and _exists(root, path):
+            raise errors.NotADirectory(f"{shown(path)} is not a directory; list the directory above it") from None
+        raise refused(error, path) from None
+    try:
+        with os.scandir(directory) as scan:
+            found = heapq.nsmallest(limit + 1, _names_after(scan, after, check))
+            entries: list[Entry] = []
+            for name, _, entry in found[:limit]:
+                text = names.to_text(name)
+                if not entries or text != entries[-1].name:  # a damaged directory may have a name twice
+                    entries.append(_entry(directory, (*path, name), text, entry))
+    except OSError as error:
+        raise refused(error, path) from None
+    finally:
+        os.close(directory)
+    return Listing(entries, entries[-1].name if len(found) > limit else "")
+
+
+def _names_after(
+    scan: Iterator[os.DirEntry[str]], after: bytes, check: Callable[[], None]
+) -> Iterator[tuple[bytes, int, os.DirEntry[str]]]:
+    for index, entry in enumerate(scan):
+        if not index % _CHECK_EVERY:
+            check()
+        # scandir of a descriptor gives text with surrogates, whose order is not that of the bytes
+        name = entry.name.encode("utf-8", "surrogateescape")
+        # An empty name (a NUL at its start, on a damaged disk) is never greater, and one too long is no path's part.
+        if name > after and len(name) <= names.MAX_NAME:
+            yield name, index, entry  # the index decides between equal names: entries cannot be compared
+
+
+def _exists(root: int, path: tuple[bytes, ...]) -> bool:
+    try:
+        os.close(_resolve(root, path, os.O_PATH))
+    except OSError:
+        return False
+    return True
+
+
+def _entry(directory: int, path: tuple[bytes, ...], text: str, found: os.DirEntry[str]) -> Entry:
+    try:
+        status = found.stat(follow_symlinks=False)
+        target = _target(path[-1], directory) if stat_module.S_ISLNK(status.st_mode) else ""
+    except OSError as error:
+        if error.errno in _NO_RESOURCES:
+            raise
+        if error.errno == errno.ENOENT:  # the directory says there is something, its inode says there is not
+            error.errno = errno.EUCLEAN
+        return Entry(text, _remembered_kind(found), 0, 0, 0, "", {"unreadable": refused(error, path).message})
+    extras: dict[str, str | int | bool] = {}
+    if not (kind := _kind(status)):
+        extras["unreadable"] = refused(OSError(errno.EUCLEAN, ""), path).message
+    if (mtime := _clamped(status.st_mtime_ns)) != status.st_mtime_ns:
+        extras["time_clamped"] = True
+    if stat_module.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        extras["nlink"] = min(status.st_nlink, U32)
+    mode = stat_module.S_IMODE(status.st_mode)
+    return Entry(text, kind or "file", max(status.st_size, 0), mode, mtime, target, extras)
+
+
+def _remembered_kind(found: os.DirEntry[str]) -> str:
+    """What the directory itself says about an entry that cannot be looked at."""
+    try:
+        if found.is_symlink():
+            return "symlink"
+        return "directory" if found.is_dir(follow_symlinks=False) else "file"
+    except OSError:
+        return "file"
