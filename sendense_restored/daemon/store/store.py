@@ -1,0 +1,165 @@
+"""The store as the rest of the daemon sees it: one async method per unit of work.
+
+``Store`` owns the database's connection and thread from ``open`` to ``close``. Every method raises CatalogUnavailable
+when the database cannot be used. Reading and writing of one call are one transaction.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from . import catalogue, wishes
+from .database import BUSY_TIMEOUT, Database
+from .recording import record_scan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from typing import Unpack
+
+    from .records import Backup, ClaimRow, DiskFile, Found, MountChanges, MountRow, Repository, ScanResult
+
+
+class Store:
+    """The catalogue of backups, and our own records of mounts."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    async def open(cls, url: str, *, busy_timeout: float = BUSY_TIMEOUT) -> Self:
+        """Open and migrate the database at ``url`` (``sqlite:////path``); it is made if it is not there.
+
+        ``busy_timeout``: seconds to wait for a lock of another program. Raises StoreError.
+        """
+        return cls(await Database.open(url, busy_timeout=busy_timeout))
+
+    async def close(self) -> None:
+        """Finish what was asked for, then end connection and thread. May be called again."""
+        await self._database.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # The catalogue, reading
+
+    async def backups(
+        self,
+        vm_name: str | None = None,
+        status: str | None = None,
+        repository_id: str | None = None,
+        limit: int = 100,
+        cursor: str = "",
+    ) -> tuple[list[Backup], str]:
+        """A page of backups, newest first, and the cursor of the next page (``""`` at the end).
+
+        ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
+        """
+        return await self._database.read(catalogue.backups, vm_name, status, repository_id, limit, cursor)
+
+    async def backup(self, backup_id: str) -> Backup:
+        """One backup. Raises BackupNotFound."""
+        return await self._database.read(catalogue.backup, backup_id)
+
+    async def repository(self, repository_id: str) -> Repository:
+        """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration is broken."""
+        return await self._database.read(catalogue.repository, repository_id)
+
+    async def repositories(self) -> list[Repository]:
+        """All repositories by name, without those whose configuration is broken (they are logged)."""
+        return await self._database.read(catalogue.repositories)
+
+    # The catalogue, writing
+
+    async def add_repository(
+        self,
+        name: str,
+        path: str,
+        *,
+        type: str = "local",  # noqa: A002  # the column has this name
+        immutable: bool = False,
+    ) -> Repository:
+        """Add a directory of backups; its id is made of its name. Raises InvalidOption."""
+        return await self._database.write(catalogue.add_repository, name, path, type, immutable=immutable)
+
+    async def remove_repository(self, repository_id: str) -> None:
+        """Forget a repository and its backups; files stay. Raises BackupNotFound, and Busy if one is mounted."""
+        await self._database.write(catalogue.remove_repository, repository_id)
+
+    async def add_backup(
+        self,
+        repository_id: str,
+        vm_name: str,
+        disks: Sequence[DiskFile],
+        *,
+        backup_id: str = "",
+        parent_backup_id: str | None = None,
+        created_at: datetime | None = None,
+    ) -> Backup:
+        """Add a finished backup, incremental if it has a parent; an id is made if none is given.
+
+        A disk's path is absolute or relative to the repository, and inside it. Whether the file is there is the
+        caller's to check, outside the store. Raises InvalidOption, and BackupNotFound for repository and parent.
+        """
+        return await self._database.write(
+            catalogue.add_backup,
+            repository_id,
+            vm_name,
+            disks,
+            backup_id=backup_id,
+            parent_backup_id=parent_backup_id,
+            created_at=created_at,
+        )
+
+    async def remove_backup(self, backup_id: str) -> None:
+        """Forget a backup; files stay.
+
+        Raises BackupNotFound, Busy if it is mounted, InvalidOption if another one builds on it.
+        """
+        await self._database.write(catalogue.remove_backup, backup_id)
+
+    async def record_scan(self, repository_id: str, found: Found) -> ScanResult:
+        """Make the catalogue say what ``scan`` found, which the caller ran in a thread of its own.
+
+        The same again changes nothing.
+
+        Raises BackupNotFound, and Unavailable if nothing at all was found where there were backups.
+        """
+        return await self._database.write(record_scan, repository_id, found)
+
+    # Mounts and claims
+
+    async def mount_rows(self) -> list[MountRow]:
+        """All rows of mounts, the oldest first."""
+        return await self._database.read(wishes.mount_rows)
+
+    async def insert_mount(self, row: MountRow) -> None:
+        """Write a mount down. Raises BackupNotFound if its backup is not in the catalogue."""
+        await self._database.write(wishes.insert_mount, row)
+
+    async def update_mount(self, mount_id: str, **changes: Unpack[MountChanges]) -> None:
+        """Change columns of a mount's row. Raises MountNotFound; TypeError for a column that does not change."""
+        await self._database.write(wishes.update_mount, mount_id, changes)
+
+    async def delete_mount(self, mount_id: str) -> bool:
+        """Delete a mount's row and its claims; whether there was one."""
+        return await self._database.write(wishes.delete_mount, mount_id)
+
+    async def delete_all_mounts(self) -> int:
+        """Delete the rows of all mounts, and all claims; how many mounts there were."""
+        return await self._database.write(wishes.delete_all_mounts)
+
+    async def claims(self, mount_id: str) -> list[ClaimRow]:
+        """The claims on a mount, the oldest first."""
+        return await self._database.read(wishes.claims, mount_id)
+
+    async def put_claim(self, claim: ClaimRow) -> None:
+        """Write a claim down, in place of one with the same mount, uid and behalf. Raises MountNotFound."""
+        await self._database.write(wishes.put_claim, claim)
+
+    async def delete_claim(self, mount_id: str, uid: int, on_behalf_of: str = "") -> bool:
+        """Delete a claim; whether there was one."""
+        return await self._database.write(wishes.delete_claim, mount_id, uid, on_behalf_of)

@@ -1,0 +1,86 @@
+"""Units of work on our own tables: the mounts that are wished for, and who claims them.
+
+Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sendense_restored.errors import BackupNotFound, MountNotFound
+
+from .models import BackupJob, RestoreClaim, RestoreMount
+from .records import ClaimRow, MountChanges, MountRow, MountStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COLUMNS = tuple(name for name in MountRow.__dataclass_fields__ if name != "status")
+_CHANGEABLE = frozenset(MountChanges.__annotations__)
+
+
+def mount_rows() -> list[MountRow]:
+    """All rows, the oldest first."""
+    rows = RestoreMount.select().order_by(RestoreMount.created_at, RestoreMount.id)
+    return [
+        MountRow(**{name: getattr(row, name) for name in _COLUMNS}, status=MountStatus(row.status)) for row in rows
+    ]
+
+
+def insert_mount(row: MountRow) -> None:
+    """Write a mount down. Raises BackupNotFound if its backup is not, or no longer, in the catalogue."""
+    if BackupJob.get_or_none(BackupJob.id == row.backup_id) is None:
+        raise BackupNotFound(f"there is no backup {row.backup_id[:64]!r}; list the backups to see their ids")
+    RestoreMount.create(**{name: getattr(row, name) for name in _COLUMNS}, status=str(row.status))
+
+
+def update_mount(mount_id: str, changes: Mapping[str, object]) -> None:
+    """Change columns of a mount. Raises MountNotFound: the row ends when its backup leaves the catalogue."""
+    if unknown := changes.keys() - _CHANGEABLE:
+        raise TypeError(f"a mount's row has no column to change named {', '.join(sorted(unknown))}")
+    values = {name: str(value) if name == "status" else value for name, value in changes.items()}
+    # MySQL counts changed rows, SQLite matched ones: so whether there is a row is asked for itself.
+    if RestoreMount.get_or_none(RestoreMount.id == mount_id) is None:
+        raise MountNotFound("the mount is no longer known; its backup may have been removed")
+    if values:
+        RestoreMount.update(**values).where(RestoreMount.id == mount_id).execute()
+
+
+def delete_mount(mount_id: str) -> bool:
+    """Take a mount and its claims away; whether there was one."""
+    return bool(RestoreMount.delete().where(RestoreMount.id == mount_id).execute())
+
+
+def delete_all_mounts() -> int:
+    """Take all mounts and claims away; how many mounts there were."""
+    return int(RestoreMount.delete().execute())
+
+
+def claims(mount_id: str) -> list[ClaimRow]:
+    """The claims on a mount, the oldest first."""
+    rows = RestoreClaim.select().where(RestoreClaim.mount == mount_id)
+    return [
+        ClaimRow(row.mount_id, row.uid, row.on_behalf_of, row.since, row.expires_at)
+        for row in rows.order_by(RestoreClaim.since, RestoreClaim.uid, RestoreClaim.on_behalf_of)
+    ]
+
+
+def put_claim(claim: ClaimRow) -> None:
+    """Write a claim down; it takes the place of one of the same uid on the same behalf. Raises MountNotFound."""
+    if RestoreMount.get_or_none(RestoreMount.id == claim.mount_id) is None:
+        raise MountNotFound("the mount is no longer known; its backup may have been removed")
+    RestoreClaim.replace(
+        mount=claim.mount_id,
+        uid=claim.uid,
+        on_behalf_of=claim.on_behalf_of,
+        since=claim.since,
+        expires_at=claim.expires_at,
+    ).execute()
+
+
+def delete_claim(mount_id: str, uid: int, on_behalf_of: str) -> bool:
+    """Take a claim away; whether there was one."""
+    query = RestoreClaim.delete().where(
+        (RestoreClaim.mount == mount_id) & (RestoreClaim.uid == uid) & (RestoreClaim.on_behalf_of == on_behalf_of)
+    )
+    return bool(query.execute())
