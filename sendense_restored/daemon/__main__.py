@@ -1,0 +1,5 @@
+"""``python -m sendense_restored.daemon``."""
+
+from .main import main
+
+main()

@@ -1,0 +1,160 @@
+"""The values of the D-Bus interface: records into ``a{sv}`` and structs, and what comes in out of them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sendense_restored import errors
+
+from .bus import Variant
+from .exported import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sendense_restored.reader.protocol import Entry, FileInfo
+
+    from .catalog import Scanned
+    from .store import Backup
+    from .volume import SessionVolume
+
+
+def limit(options: Mapping[str, Any], default: int, most: int) -> int:
+    """The option ``limit``. Raises InvalidOption."""
+    limit = int(options.get("limit", default))
+    if not 1 <= limit <= most:
+        raise errors.InvalidOption(f"limit must be from 1 to {most}")
+    return limit
+
+
+def _pack(signatures: Mapping[str, str], values: Sequence[Any]) -> dict[str, Variant]:
+    """An ``a{sv}`` of ``values`` under the keys and signatures given in the same order; None is left out."""
+    return {
+        key: Variant(signature, value)
+        for (key, signature), value in zip(signatures.items(), values, strict=True)
+        if value is not None
+    }
+
+
+_BACKUP = {
+    "backup_id": "s",
+    "vm_name": "s",
+    "repository_id": "s",
+    "backup_type": "s",
+    "status": "s",
+    "parent_backup_id": "s",
+    "total_bytes": "t",
+    "bytes_transferred": "t",
+    "created_at": "x",
+    "started_at": "x",
+    "completed_at": "x",
+    "disks_count": "u",
+    "disks": "aa{sv}",
+}
+_DISK = {"index": "u", "size": "t", "backup_disk_id": "x"}
+_NEW_BACKUP = {
+    "repository_id": "s",
+    "vm_name": "s",
+    "disks": "as",
+    "parent_backup_id": "s",
+    "created_at": "x",
+}
+_SCANNED = {"added": "as", "updated": "as", "gone": "as", "kept": "as", "unchanged": "u", "skipped": "aa{sv}"}
+_VOLUME = {
+    "name": "s",
+    "device": "s",
+    "filesystem": "s",
+    "driver": "s",
+    "label": "s",
+    "uuid": "s",
+    "size": "t",
+    "used": "t",
+    "state": "s",
+    "reason": "s",
+    "view": "s",
+    "display_name": "s",
+}
+_INFO = {
+    "kind": "s",
+    "size": "t",
+    "allocated": "t",
+    "mode": "u",
+    "uid": "u",
+    "gid": "u",
+    "atime_ns": "x",
+    "mtime_ns": "x",
+    "ctime_ns": "x",
+    "nlink": "u",
+    "target": "s",
+    "xattrs": "as",
+    "streams": "as",
+    "unreadable": "s",
+    "time_clamped": "b",
+}
+_EXTRAS = {"unreadable": "s", "display_name": "s", "nlink": "u", "time_clamped": "b"}
+
+
+def backup(backup: Backup) -> dict[str, Variant]:
+    """As ListBackups has it."""
+    times = (
+        int(time.timestamp()) if time else None
+        for time in (backup.created_at, backup.started_at, backup.completed_at)
+    )
+    disks = [_pack(_DISK, (disk.index, disk.size, disk.id)) for disk in backup.disks]
+    return _pack(
+        _BACKUP,
+        (
+            *(backup.id, backup.vm_name, backup.repository_id, backup.backup_type, backup.status),
+            *(backup.parent_backup_id, backup.total_bytes, backup.bytes_transferred, *times, len(disks), disks),
+        ),
+    )
+
+
+def time(seconds: int) -> datetime:
+    """Unix seconds as a time. Raises InvalidOption."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        raise errors.InvalidOption("created_at is no time between the years 1 and 9999") from None
+
+
+def scanned(scanned: Scanned) -> dict[str, Variant]:
+    """As Scan answers it."""
+    result = scanned.result
+    skipped = [_pack({"path": "s", "reason": "s"}, (problem.path, problem.reason)) for problem in scanned.problems]
+    changed = (list(result.added), list(result.updated), list(result.gone), list(result.kept))
+    return _pack(_SCANNED, (*changed, result.unchanged, skipped))
+
+
+def volume(volume: SessionVolume) -> dict[str, Variant]:
+    """As the property Volumes has it."""
+    found, mounted = volume.found, volume.mounted
+    return _pack(
+        _VOLUME,
+        (
+            *(found.name, str(volume.device.path) if volume.device else "", found.filesystem),
+            *(mounted.driver if mounted else "", found.label, found.uuid, found.size),
+            *(volume.usage.used if volume.usage else 0, str(volume.state), volume.reason),
+            *(mounted.view if mounted else "", volume.display_name),
+        ),
+    )
+
+
+def entry(entry: Entry) -> list[Any]:
+    """As ListFiles has it."""
+    extras = {key: Variant(_EXTRAS[key], value) for key, value in entry.extras.items()}
+    return [entry.name, entry.kind, entry.size, entry.mode, entry.mtime_ns, entry.target, extras]
+
+
+def info(info: FileInfo) -> dict[str, Variant]:
+    """As GetFileInfo has it."""
+    return _pack(_INFO, info)
+
+
+def new_backup(given: Mapping[str, Variant]) -> dict[str, Any]:
+    """The plain values of what AddBackup takes, all keys present. Raises InvalidOption."""
+    values = unpack(given, _NEW_BACKUP, "part of a backup")
+    if missing := [key for key in ("repository_id", "vm_name", "disks") if key not in values]:
+        raise errors.InvalidOption(f"the backup needs {', '.join(missing)}")
+    return dict.fromkeys(_NEW_BACKUP) | values
