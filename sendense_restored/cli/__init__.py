@@ -1,0 +1,1 @@
+"""The command line: a D-Bus client like any other."""

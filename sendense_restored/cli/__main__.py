@@ -1,0 +1,5 @@
+"""``python -m sendense_restored.cli``."""
+
+from .main import main
+
+main()
