@@ -1,0 +1,61 @@
+"""For all tiers: no test leaves a task, a child process or a descriptor behind; and the option --long."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tools.lab import leftovers
+
+with warnings.catch_warnings():
+    # Importing the D-Bus library warns: of GLib, which it takes in wherever there is one, and on Python 3.13 of
+    # typing.no_type_check_decorator. In tests warnings are errors, so it is imported here, before all of them.
+    warnings.simplefilter("ignore")
+    import dbus_next  # noqa: F401
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: --long"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """The first fixture of a test and so the last to end: whatever the others made is gone by then."""
+    before = leftovers.of_this_process()
+    yield
+    if left := leftovers.left_by_this_process(before):
+        pytest.fail("left behind: " + ", ".join(left))
+
+
+@pytest.fixture(autouse=True)
+def no_task_left(request: pytest.FixtureRequest, nothing_left: None) -> None:  # noqa: ARG001 - for the order
+    """The same for tasks, which only live in a test that has an event loop; needs ``nothing_left`` around it."""
+    if request.node.get_closest_marker("asyncio"):
+        request.getfixturevalue("tasks_counted")
+
+
+@pytest.fixture
+async def tasks_counted() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    own = asyncio.current_task()
+    left = [task for task in asyncio.all_tasks() - before if task is not own]
+    if left:
+        pytest.fail("tasks left behind: " + ", ".join(repr(task) for task in left))
