@@ -1,7 +1,8 @@
 """The message bus from a socket up: whole messages, descriptors with an owner, answers from whom was asked.
 
-``codec`` turns messages into bytes and back, ``connection`` carries them, ``caller`` makes calls. Daemon and clients
-stand on this one ground, and nobody else imports the D-Bus library: each fault of it is mended once.
+``marshal`` turns values into bytes, ``codec`` whole messages, and those back; ``connection`` carries them, ``caller``
+makes calls. Daemon and clients stand on this one ground, and nobody else imports the D-Bus library: each fault of it
+is mended once.
 """
 
 from .caller import DRIVER, DRIVER_PATH, BusCallError, Caller
@@ -16,6 +17,7 @@ from .codec import (
     close_all,
     encode,
     types_of,
+    variant,
 )
 from .connection import BusError, Connection
 
@@ -36,4 +38,5 @@ __all__ = [
     "close_all",
     "encode",
     "types_of",
+    "variant",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from .codec import MOST_SENT, Incoming, MessageFlag, MessageType, WireError, encode
@@ -89,9 +90,11 @@ class Caller:
         *,
         seconds: float,
         flags: MessageFlag = MessageFlag.NONE,
+        fds: Sequence[int] = (),
     ) -> Incoming:
         """Call a method; the answer, whose descriptors are the caller's.
 
+        ``fds`` are sent along, an ``h`` in the body is an index into them; they stay the caller's as well.
         Raises BusCallError for an error answer, TimeoutError, BusError if the connection has ended, WireError if the
         arguments do not fit.
         """
@@ -100,12 +103,14 @@ class Caller:
             raise BusError("there is no connection to the message bus")
         header = {"destination": destination, "path": path, "interface": interface, "member": member}
         serial = self.connection.next_serial()
-        data = encode(MessageType.METHOD_CALL, serial, header, signature=signature, body=body, flags=flags)
+        data = encode(
+            MessageType.METHOD_CALL, serial, header, signature=signature, body=body, fds=len(fds), flags=flags
+        )
         answer: asyncio.Future[Incoming | None] = asyncio.get_running_loop().create_future()
         self._pending[serial] = destination, answer
         message = None
         try:
-            self.connection.transmit(data)
+            self.connection.transmit(data, [os.dup(fd) for fd in fds])
             async with asyncio.timeout(seconds):
                 message = await answer
         finally:

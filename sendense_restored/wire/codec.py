@@ -1,9 +1,9 @@
-"""The codec: messages to bytes and back, by dbus-next's marshaller and its types.
+"""The codec: messages to bytes, by our own marshaller, and back, by dbus-next's.
 
 A message is decoded in two steps: its header at once, its body only when somebody wants it, so that what a stranger
 sends costs little. Encoding refuses what Python allows and the bus punishes by cutting the connection.
 
-This module and ``connection`` are the only ones that import dbus-next.
+This module, ``marshal`` and ``connection`` are the only ones that import dbus-next.
 """
 
 # mypy: allow-untyped-calls
@@ -17,22 +17,23 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dbus_next._private.marshaller import Marshaller
 from dbus_next._private.unmarshaller import MarshallerStreamEndError, Unmarshaller
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
-from dbus_next.signature import SignatureTree, Variant
+from dbus_next.signature import Variant
+
+from .closing import close_foreign
+from .marshal import UNENCODABLE, marshal, tree, variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Incoming", "MessageFlag", "MessageType", "TooLongError", "Variant", "WireError"]
+__all__ = ["Incoming", "MessageFlag", "MessageType", "TooLongError", "Variant", "WireError", "variant"]
 
 MOST_SENT = 8 << 20
-"""Bytes of a message that we send. dbus-daemon cuts the connection at 32 MiB; encoding 8 MiB takes seconds."""
+"""Bytes of a message that we send. dbus-daemon cuts the connection at 32 MiB; nothing of ours comes near."""
 MOST_FDS = 16
 """Descriptors of a message; dbus-daemon cuts the connection for more (``max_message_unix_fds``)."""
-_MOST_SIGNATURES = 512
 
 # What the decoder raises, all told, for bytes that are no message.
 UNDECODABLE = (
@@ -82,7 +83,7 @@ class Incoming:
         decoder = _decoder(self._payload)
         decoder.endian = self._endian
         try:
-            return [decoder.read_argument(part) for part in _signature(self.signature).types]
+            return [decoder.read_argument(part) for part in tree(self.signature).types]
         except UNDECODABLE as error:
             raise WireError(f"the message cannot be decoded: {error!r}") from None
 
@@ -92,8 +93,8 @@ class Incoming:
         return fds
 
     def release(self) -> None:
-        """Close its descriptors."""
-        close_all(self.take())
+        """Close its descriptors, which are a stranger's."""
+        close_foreign(self.take())
 
 
 def close_all(fds: Sequence[int]) -> None:
@@ -119,11 +120,11 @@ def encode(
     if fds > MOST_FDS:
         raise WireError(f"a message with {fds} descriptors, more than {MOST_FDS}")
     try:
-        payload = _Encoder(signature, list(body)).marshall()
+        payload = marshal(signature, body)
         # Message checks the names and the fields that its kind needs; the bus cuts the connection for a wrong one.
         message = Message(message_type=kind, flags=flags, **header)
         fields = [
-            [code, Variant(type_, value)]
+            (code, variant(type_, value))
             for code, type_, value in (
                 (1, "o", message.path),
                 (2, "s", message.interface),
@@ -136,12 +137,10 @@ def encode(
             )
             if value
         ]
-        head = _Encoder("yyyyuua(yv)", [ord("l"), kind.value, int(flags), 1, len(payload), serial, fields])
-        head.marshall()
-        head.align(8)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error) as error:
+        head = marshal("yyyyuua(yv)", (ord("l"), kind.value, int(flags), 1, len(payload), serial, fields))
+    except UNENCODABLE as error:
         raise WireError(f"a message cannot be encoded as {signature!r}: {error!r}") from error
-    data = bytes(head.buffer + payload)
+    data = b"".join((head, bytes(-len(head) & 7), payload))
     if len(data) > MOST_SENT:
         raise TooLongError(f"a message of {len(data)} bytes is longer than {MOST_SENT}")
     return data
@@ -150,32 +149,16 @@ def encode(
 def check(signature: str, value: object) -> Variant:
     """``value`` as a variant that is sure to be encodable. Raises WireError."""
     try:
-        variant = Variant(signature, value)
-        _Encoder("v", [variant]).marshall()
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error) as error:
+        made = variant(signature, value)
+        marshal("v", [made])
+    except UNENCODABLE as error:
         raise WireError(f"a value cannot be encoded as {signature!r}: {error!r}") from error
-    return variant
+    return made
 
 
 def types_of(signature: str) -> tuple[str, ...]:
     """The complete types of a signature: ``sa{sv}`` gives ``("s", "a{sv}")``. Raises ValueError."""
-    return tuple(part.signature for part in _signature(signature).types)
-
-
-class _Encoder(Marshaller):
-    def write_string(self, value: str, _: object = None) -> int:
-        if "\0" in value:  # legal Python, but the bus would cut the connection
-            raise ValueError("a string holds a NUL character")
-        return int(super().write_string(value))
-
-
-def _signature(signature: str) -> SignatureTree:
-    # The library keeps every signature that it ever met; strangers could feed it new ones for ever.
-    known = SignatureTree._cache  # noqa: SLF001 - no public way to bound it
-    if len(known) > _MOST_SIGNATURES:
-        known.clear()
-    tree: SignatureTree = SignatureTree._get(signature)  # noqa: SLF001 - the codec's own way to a tree
-    return tree
+    return tuple(part.signature for part in tree(signature).types)
 
 
 def _decoder(data: bytes) -> Unmarshaller:
@@ -189,7 +172,7 @@ def decode(data: bytes, head: int, fds: list[int], *, oversized: bool) -> Incomi
     """The message in ``data``, whose header ends at ``head``. Raises one of ``UNDECODABLE``."""
     # With a body length of 0 the decoder stops behind the header.
     decoder = _decoder(data[:4] + bytes(4) + data[8:head])
-    _signature("")
+    tree("")  # the decoder keeps signatures too
     message = decoder.unmarshall()
     if message is None:
         raise EOFError("the header is shorter than it says")

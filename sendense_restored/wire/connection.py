@@ -27,6 +27,7 @@ from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType
 from dbus_next.errors import AuthError, InvalidAddressError
 
+from .closing import close_foreign
 from .codec import MOST_SENT, UNDECODABLE, Incoming, close_all, decode
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Connection(MessageBus):
         self.ended = True
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
-        close_all(self._fds)
+        close_foreign(self._fds)
         for _, fds in self._queue:
             close_all(fds)
         self._fds = []
@@ -207,7 +208,7 @@ class Connection(MessageBus):
         if self._skip:
             self._skip -= len(data)
             if not self._skip:
-                close_all(self._fds)
+                close_foreign(self._fds)
                 self._fds = []
             return True
         self._buffer += data
@@ -248,7 +249,7 @@ class Connection(MessageBus):
             # Anybody may send such things, so only the first is worth a warning.
             log.log(logging.DEBUG if self._undecodable else logging.WARNING, "dropping a message: %r", error)
             self._undecodable += 1
-            close_all(fds)
+            close_foreign(fds)
             return
         self._hand_over(incoming)
 

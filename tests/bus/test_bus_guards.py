@@ -18,8 +18,18 @@ import pytest
 from dbus_next.signature import SignatureTree
 
 from sendense_restored import errors
-from sendense_restored.daemon.bus import BadCallError, Bus, BusCallError, BusError, Call, Limits, Reply, WireError
-from sendense_restored.wire import codec, connection, types_of
+from sendense_restored.daemon.bus import (
+    BadCallError,
+    Bus,
+    BusCallError,
+    BusError,
+    Call,
+    Limits,
+    Reply,
+    Who,
+    WireError,
+)
+from sendense_restored.wire import connection, marshal, types_of
 from tests.bus.peer import Message, MessageFlag, MessageType, Peer, error_of, signal
 from tools.lab.leftovers import of_this_process
 
@@ -294,17 +304,17 @@ async def test_the_uid_is_the_callers(bus: Bus, handler: Handler, bus_address: s
         assert (await other.call(bus.unique_name, "Who")).body == [65534]
 
 
-async def test_a_callers_uid_is_asked_once(
+async def test_a_caller_is_asked_after_once(
     bus: Bus, handler: Handler, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    original = bus._uid
+    original = bus._who
 
-    async def counted(name: str) -> int:
+    async def counted(name: str) -> Who:
         asked.append(name)
         return await original(name)
 
-    monkeypatch.setattr(bus._calls, "_ask_uid", counted)
+    monkeypatch.setattr(bus._calls, "_ask_who", counted)
     handler.on["Ping"] = answering()
     await asyncio.gather(*(peer.call(bus.unique_name, "Ping") for _ in range(20)))
     assert asked == [peer.name]
@@ -491,7 +501,7 @@ def test_signatures_that_strangers_invent_are_not_kept_for_ever() -> None:
         signature = "".join("yu"[int(bit)] for bit in f"{number:b}")
         assert types_of(signature) == tuple(signature)
         most = max(most, len(SignatureTree._cache))
-    assert most <= codec._MOST_SIGNATURES + 1
+    assert most <= marshal._MOST_KEPT + 1
 
 
 async def test_a_call_of_ours_ends_after_its_time(bus: Bus, peer: Peer) -> None:
