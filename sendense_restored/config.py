@@ -1,22 +1,29 @@
-"""The daemon's configuration: frozen, parsed once, strict.
+"""The daemon's configuration: frozen, strict, read at start and again on a reload.
 
 The file is TOML (``/etc/sendense/restored.toml``); a missing file means the defaults, an unknown key or a value out
 of range refuses to start. Durations are a number of seconds or text such as ``90s``, ``15min``, ``1h``; sizes a
 number of bytes or text such as ``1GiB``.
+
+A reload takes over the keys in ``RELOADABLE``; what the rest says shapes things that stand already, and waits for the
+next start.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 DEFAULT_FILE = Path("/etc/sendense/restored.toml")
+
+
+SHORTEST_IDLE_TIMEOUT = 60.0
+"""Seconds; a claim with a shorter one would expire between two clicks of its user."""
 
 
 class ConfigError(Exception):
@@ -30,6 +37,18 @@ class Mounts:
     directory: Path = Path("/mnt/sendense/restore")
     max: int = 8
     """How many mounts may exist at once."""
+    max_per_holder: int = 0
+    """How many of them one user, or one whom an agent acts for, may hold a claim on; 0 for no limit of its own."""
+    idle_timeout: float = 3600.0
+    """Seconds without use after which a claim expires, for those who do not ask for another time."""
+    max_idle_timeout: float = 86400.0
+    """The longest such time that anybody may ask for."""
+    max_lifetime: float = 86400.0
+    """Seconds after which a mount is closed whoever uses it."""
+    sweep_interval: float = 900.0
+    """Seconds between two comparisons of what should be with what is."""
+    evict_after: float = 300.0
+    """Seconds without use after which a mount makes room for another one."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +60,32 @@ class Attach:
     """Seconds that one step of attaching a disk or mounting a volume may take."""
     overlay_size: int = 1 << 30
     """Bytes of a mount's tmpfs, which takes what journal replay writes."""
+    overlay_dir: Path | None = None
+    """A directory on a disk that takes it instead, if memory is short."""
     server_uid: int = 60999
     """The uid of image servers, and of tools that create images."""
     probe_uid: int = 60998
     """The uid of tools that read partition tables and superblocks."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Section ``[limits]``: how much one mount gives at a time."""
+
+    open_files: int = 256
+    """Files that callers may have open."""
+    listings: int = 8
+    """Listing streams that may run."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Section ``[events]``: the history in ``restore_events``."""
+
+    keep: int = 100_000
+    """The most events that are kept."""
+    max_age: float = 90 * 86400.0
+    """Seconds for which an event is kept."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +126,11 @@ class Config:
     """The whole configuration."""
 
     mounts: Mounts = field(default_factory=Mounts)
+    limits: Limits = field(default_factory=Limits)
     attach: Attach = field(default_factory=Attach)
     image: Image = field(default_factory=Image)
     database: Database = field(default_factory=Database)
+    events: Events = field(default_factory=Events)
     readers: Readers = field(default_factory=Readers)
     paths: Paths = field(default_factory=Paths)
 
@@ -129,6 +172,28 @@ def parse(document: Mapping[str, Any]) -> Config:
     return _checked(Config(**sections))
 
 
+def differences(old: Config, new: Config) -> frozenset[str]:
+    """The keys, such as ``mounts.max``, whose values differ."""
+    return frozenset(
+        f"{section.name}.{key.name}"
+        for section in fields(Config)
+        for key in fields(getattr(old, section.name))
+        if getattr(getattr(old, section.name), key.name) != getattr(getattr(new, section.name), key.name)
+    )
+
+
+def taken_over(old: Config, new: Config, keys: Collection[str]) -> Config:
+    """``old`` with the values that ``keys`` have in ``new``. Raises ConfigError if they do not go together."""
+    sections = {}
+    for section in fields(Config):
+        before, after = getattr(old, section.name), getattr(new, section.name)
+        values = {
+            key.name: getattr(after, key.name) for key in fields(before) if f"{section.name}.{key.name}" in keys
+        }
+        sections[section.name] = replace(before, **values)
+    return _checked(Config(**sections))
+
+
 def _checked(config: Config) -> Config:
     uids = {config.attach.server_uid, config.attach.probe_uid}
     if len(uids) != 2 or any(uid in config.readers.uids for uid in uids):
@@ -136,6 +201,11 @@ def _checked(config: Config) -> Config:
     if len(config.readers.uids) < config.mounts.max:
         raise ConfigError(
             f"readers.uids has {len(config.readers.uids)} uids, mounts.max needs {config.mounts.max}; widen the range"
+        )
+    if not SHORTEST_IDLE_TIMEOUT <= config.mounts.idle_timeout <= config.mounts.max_idle_timeout:
+        raise ConfigError(
+            f"mounts.idle_timeout must be from {SHORTEST_IDLE_TIMEOUT:g} s to mounts.max_idle_timeout"
+            f" ({config.mounts.max_idle_timeout:g} s)"
         )
     return config
 
@@ -204,23 +274,47 @@ def _database_url(name: str, value: object) -> str:
 _uid = _count(1, 2**32 - 2)
 _SECTIONS: dict[str, type[Any]] = {
     "mounts": Mounts,
+    "limits": Limits,
     "attach": Attach,
     "image": Image,
     "database": Database,
+    "events": Events,
     "readers": Readers,
     "paths": Paths,
 }
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "mounts.directory": _path,
     "mounts.max": _count(1, 1024),
+    "mounts.max_per_holder": _count(0, 1024),
+    "mounts.idle_timeout": _duration,
+    "mounts.max_idle_timeout": _duration,
+    "mounts.max_lifetime": _duration,
+    "mounts.sweep_interval": _duration,
+    "mounts.evict_after": _duration,
+    "limits.open_files": _count(1, 65536),
+    "limits.listings": _count(1, 64),
     "attach.backend": _backend,
     "attach.timeout": _duration,
     "attach.overlay_size": _size,
+    "attach.overlay_dir": _path,
     "attach.server_uid": _uid,
     "attach.probe_uid": _uid,
     "image.chain_depth": _count(1, 512),  # QEMU gets the chain as one argument, which may have 128 KiB
     "database.url": _database_url,
+    "events.keep": _count(100, 10_000_000),
+    "events.max_age": _duration,
     "readers.uids": _uid_range,
     "readers.timeout": _duration,
     "paths.runtime": _path,
 }
+
+RELOADABLE = frozenset(name for name in _PARSERS if name.partition(".")[0] in {"limits", "events"}) | {
+    "mounts.max",
+    "mounts.max_per_holder",
+    "mounts.idle_timeout",
+    "mounts.max_idle_timeout",
+    "mounts.max_lifetime",
+    "mounts.sweep_interval",
+    "mounts.evict_after",
+}
+"""The keys that a running service takes over."""

@@ -55,6 +55,9 @@ CAP_SYS_CHROOT = 18
 CAP_SYS_ADMIN = 21
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
+# timerfd_create(2); TFD_NONBLOCK and TFD_CLOEXEC are the O_ flags
+_TFD_TIMER_ABSTIME = 1
+
 # statx(2)
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
@@ -186,3 +189,19 @@ def file_type(descriptor: int) -> int:
     _check(_libc.statx(descriptor, b"", flags, _STATX_TYPE, buffer))
     mode: int = struct.unpack_from("=H", buffer.raw, _STATX_MODE)[0]
     return stat.S_IFMT(mode)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def timerfd_create(clock: int) -> int:
+    """A descriptor that becomes readable when a deadline on ``clock`` has passed; it does not block."""
+    return _check(_libc.timerfd_create(clock, os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def timerfd_set(descriptor: int, when: float) -> None:
+    """Let a timerfd expire once, at ``when`` seconds of its clock (at once if that has passed); 0 disarms it."""
+    seconds, fraction = divmod(when, 1.0)
+    setting = (_Timespec * 2)(_Timespec(0, 0), _Timespec(int(seconds), int(fraction * 1e9)))
+    _check(_libc.timerfd_settime(descriptor, _TFD_TIMER_ABSTIME, setting, None))

@@ -39,6 +39,8 @@ def _escape(match: re.Match[str]) -> str:
 
 def to_text(name: bytes) -> str:
     """The text form of ``name``."""
+    if name.isascii():  # nearly all are, and there are many
+        return name.decode("ascii")
     return _TO_ESCAPE.sub(_escape, name.decode("utf-8", "surrogateescape"))
 
 

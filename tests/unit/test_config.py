@@ -41,16 +41,29 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         [mounts]
         directory = "/mnt/x"
         max = 2
+        max_per_holder = 1
+        idle_timeout = "2min"
+        max_idle_timeout = "3h"
+        max_lifetime = "2d"
+        sweep_interval = "5min"
+        evict_after = 30
+        [limits]
+        open_files = 5
+        listings = 2
         [attach]
         backend = "fuse"
         timeout = "1.5min"
         overlay_size = "2GiB"
+        overlay_dir = "/var/tmp/x"
         server_uid = 70000
         probe_uid = 70001
         [image]
         chain_depth = 3
         [database]
         url = "sqlite:////tmp/x.db"
+        [events]
+        keep = 500
+        max_age = "1d"
         [readers]
         uids = "80000-80001"
         timeout = 5
@@ -60,13 +73,23 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         tmp_path,
     )
     assert found == Config(
-        mounts=config.Mounts(Path("/mnt/x"), 2),
-        attach=config.Attach("fuse", 90.0, 2 << 30, 70000, 70001),
+        mounts=config.Mounts(Path("/mnt/x"), 2, 1, 120.0, 10800.0, 172800.0, 300.0, 30.0),
+        limits=config.Limits(5, 2),
+        attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), 70000, 70001),
         image=config.Image(3),
         database=config.Database("sqlite:////tmp/x.db"),
+        events=config.Events(500, 86400.0),
         readers=config.Readers(range(80000, 80002), 5.0),
         paths=config.Paths(Path("/run/x")),
     )
+
+
+@pytest.mark.parametrize("seconds", ["59", '"25h"'])
+def test_an_idle_timeout_is_not_shorter_than_a_minute_nor_longer_than_the_longest(
+    tmp_path: Path, seconds: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"mounts\.idle_timeout must be from 60 s to mounts\.max_idle_timeout"):
+        parsed(f"[mounts]\nidle_timeout = {seconds}", tmp_path)
 
 
 def test_every_field_has_a_parser_and_the_other_way_round() -> None:
@@ -155,3 +178,19 @@ def test_a_file_that_cannot_be_read_is_no_missing_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path / "binary")
+
+
+def test_a_reload_takes_over_what_it_may_and_leaves_the_rest() -> None:
+    old = Config()
+    new = config.parse({"mounts": {"max": 3, "directory": "/mnt/x"}, "events": {"keep": 500}})
+    assert config.differences(old, new) == {"mounts.max", "mounts.directory", "events.keep"}
+    merged = config.taken_over(old, new, config.RELOADABLE)
+    assert (merged.mounts.max, merged.events.keep) == (3, 500)
+    assert config.differences(merged, new) == {"mounts.directory"}
+    assert config.differences(old, old) == set()
+
+
+def test_what_is_taken_over_must_go_with_what_stays() -> None:
+    new = config.parse({"mounts": {"max": 100}, "readers": {"uids": "61000-61200"}})
+    with pytest.raises(ConfigError, match="has 64 uids, mounts"):
+        config.taken_over(Config(), new, config.RELOADABLE)

@@ -11,7 +11,8 @@ import pytest
 from sendense_restored import config
 
 PAGE = (Path(__file__).parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
-LISTED = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", PAGE, re.MULTILINE))
+ROWS = re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \| (reload|start) \|", PAGE, re.MULTILINE)
+LISTED = {name: default for name, default, _ in ROWS}
 DEFAULTS = {
     f"{section.name}.{key.name}": getattr(getattr(config.Config(), section.name), key.name)
     for section in fields(config.Config)
@@ -27,6 +28,13 @@ def test_the_same_keys_are_listed_and_known() -> None:
 def test_the_default_that_is_listed_is_the_default(name: str) -> None:
     section, key = name.split(".")
     text = LISTED[name]
+    if text == "(none)":
+        assert DEFAULTS[name] is None
+        return
     value = int(text) if text.isdigit() else text
     parsed = config.parse({section: {key: value}})
     assert getattr(getattr(parsed, section), key) == DEFAULTS[name]
+
+
+def test_each_key_is_listed_with_the_moment_at_which_it_is_read() -> None:
+    assert {name for name, _, read_at in ROWS if read_at == "reload"} == config.RELOADABLE
