@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sendense_restored import linux
 
-from . import syscalls
+from . import protocol, syscalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MOST_THREADS = 32
+_MOST_THREADS = protocol.MAX_STREAMS + 32  # those that serve requests, and those that are just ending
 _CLIMB = "../" * 1024
 
 

@@ -1,8 +1,9 @@
 """A reader's life: confined first, then it serves one mount until its socket closes.
 
 The main thread only takes frames in. A few threads of equal standing work on them, so that a slow directory or a
-damaged file holds up one request and not the mount; asking the roots back is not queued behind them. A reader has
-nothing to clean up: it ends by the end of its process.
+damaged file holds up one request and not the mount; asking the roots back is not queued behind them, and stops the
+streams. Each stream has a thread of its own, which is held up by whoever reads it. A reader has nothing to clean up:
+it ends by the end of its process.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sendense_restored import errors, names
 
-from . import protocol, tree
+from . import protocol, stream, tree
 from .confine import Cell, confine
+from .outlet import Outlet
 from .roots import Roots
 
 if TYPE_CHECKING:
@@ -71,11 +73,17 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     os._exit(70)
 
 
+def _out_of_memory() -> errors.Unavailable:
+    return errors.Unavailable("the mount's reader is short of memory; try again in a moment")
+
+
 class _Server:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._roots = Roots()
         self._waiting: SimpleQueue[_Request] = SimpleQueue()
+        self._starts: dict[int, list[protocol.Start]] = {}  # of streams of which not all frames have come
+        self._outlets: dict[int, Outlet] = {}  # by the id of their stream
 
     def take_in(self) -> None:
         self._send([protocol.answer_frame(0, None)])  # ready: what the daemon's request 0, never sent, waits for
@@ -83,7 +91,15 @@ class _Server:
             message, fds = received
             request = _Request(int(message["id"]), str(message["op"]), message, fds)
             if request.op == "take_back":
+                for outlet in tuple(self._outlets.values()):
+                    outlet.stop()
                 self._roots.take_back(partial(self._send, [protocol.answer_frame(request.id, None)]))
+            elif request.op == "stream":
+                self._begin_stream(request)
+            elif request.op == "cancel":
+                writing = self._outlets.get(request.id)  # its thread may take it out at any moment
+                if writing is not None:
+                    writing.stop()
             else:
                 self._waiting.put(request)
 
@@ -95,8 +111,7 @@ class _Server:
             except errors.RestoreError as error:
                 self._send([protocol.error_frame(request.id, error)])
             except MemoryError:
-                full = errors.Unavailable("the mount's reader is short of memory; try again in a moment")
-                self._send([protocol.error_frame(request.id, full)])
+                self._send([protocol.error_frame(request.id, _out_of_memory())])
 
     def _serve(self, request: _Request) -> None:
         arguments = request.arguments
@@ -119,6 +134,47 @@ class _Server:
                     os.close(descriptor)
             else:
                 raise errors.Unavailable(f"this reader cannot {request.op!r}; restart the service")
+
+    def _begin_stream(self, request: _Request) -> None:
+        """Collect the frames of a request for a stream; with the last one comes the pipe, and the stream begins."""
+        try:
+            found = protocol.starts_of(request.arguments)
+        except errors.InvalidPath as error:
+            protocol.close_all(request.fds)
+            self._send([protocol.error_frame(request.id, error)])
+            return
+        if not request.fds:
+            self._starts.setdefault(request.id, []).extend(found)
+            return
+        starts = [*self._starts.pop(request.id, []), *found]
+        filters = protocol.Filters(*request.arguments["filters"])
+        try:
+            outlet = self._outlets[request.id] = Outlet(request.fds[0], stall=request.arguments["stall"])
+            work = partial(self._stream, request.id, starts, filters, outlet)
+            threading.Thread(target=work, daemon=True).start()
+        except errors.RestoreError as error:
+            self._send([protocol.error_frame(request.id, error)])
+        except RuntimeError:  # no thread can be started
+            self._outlets.pop(request.id).close()
+            full = errors.Unavailable("the mount's reader is short of threads; try again in a moment")
+            self._send([protocol.error_frame(request.id, full)])
+
+    def _stream(
+        self, number: int, starts: Sequence[protocol.Start], filters: protocol.Filters, outlet: Outlet
+    ) -> None:
+        try:
+            with outlet, stream.opened(starts, filters, self._roots.use, outlet) as walk:
+                self._send([protocol.part_frame(number, None)])
+                end = walk.run()
+        except errors.RestoreError as error:
+            self._send([protocol.error_frame(number, error)])
+        except MemoryError:  # while opening: a walk that runs ends by itself
+            self._send([protocol.error_frame(number, _out_of_memory())])
+        else:
+            # After the pipe was closed: once the daemon knows, so does the client.
+            self._send([protocol.answer_frame(number, end)])
+        finally:
+            del self._outlets[number]
 
     def _give(self, request: _Request) -> None:
         roots = dict(zip(request.arguments["volumes"], request.fds, strict=True))

@@ -4,16 +4,23 @@ A frame is one packet of a SOCK_SEQPACKET pair, at most 128 KiB, and holds one J
 ``{id, op, ...}``; the reader answers ``{id, ok}`` or ``{id, error, message}``, and a long listing in several frames,
 all but the last marked ``more``. Descriptors travel beside their frame (SCM_RIGHTS).
 
+A stream is a listing that goes to its client and not through the daemon: ``stream`` carries the write end of a pipe
+and is answered twice, with a part when the directory is open, and at the end with what came of it. The lines that go
+into the pipe are JSON objects, which ``reader/stream.py`` describes. ``cancel`` with the stream's own id has no
+answer.
+
 The daemon trusts nothing that comes from a reader, which reads hostile file systems: every value is checked for
 type, size and range here, where the wire is defined, and a frame that an honest reader would not send is a
 ProtocolError. Both sides import this module, so it holds no policy and imports little: a reader's start has to be
-quick.
+quick. It is long because it is the whole of the wire: of the reader's modules, the daemon imports this one only.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import socket
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,8 +42,15 @@ MAX_LIMIT = 10_000
 MAX_XATTRS = 16 << 10
 """Bytes of a file's extended attribute names that are told, so that they always fit a frame."""
 
+MAX_STREAMS = 64
+"""Streams that one reader has at a time; each takes a thread and a few descriptors."""
+
+MAX_PATTERN = 1024
+"""Bytes of the longest glob that is looked for."""
+
 _MAX_MESSAGE = 2000
 _SEND_BUFFER = 2 * MAX_FRAME
+_AT_ONCE = 64  # entries; encoding them one by one takes half as long again
 _FRAME_MARGIN = 256  # what stands around the entries of a listing, apart from the cursor
 
 U32, U64, I64 = 2**32 - 1, 2**64 - 1, 2**63 - 1
@@ -83,6 +97,9 @@ class Entry(NamedTuple):
     extras: dict[str, str | int | bool]
 
 
+_ENTRY_LENGTH = len(Entry._fields)
+
+
 class Listing(NamedTuple):
     """A page of a directory; ``cursor`` asks for the next one and is empty on the last."""
 
@@ -109,6 +126,50 @@ class FileInfo(NamedTuple):
     unreadable: str
     """Why its content cannot be given faithfully; empty if it can."""
     time_clamped: bool = False
+
+
+class Filters(NamedTuple):
+    """Which entries a stream tells. None and the empty text leave a filter out."""
+
+    recursive: bool = False
+    """Also what is below; a directory that does not match is descended all the same."""
+    max_depth: int | None = None
+    """How far down, with ``recursive``; 1 is what an ordinary listing has."""
+    name: str = ""
+    """A glob of the shell (``*``, ``?``, ``[a-z]``) for the last part of the path, in text form; case counts."""
+    kind: str = ""
+    min_size: int | None = None
+    max_size: int | None = None
+    """Bytes, both bounds included."""
+    newer: int | None = None
+    older: int | None = None
+    """Changed after, before this moment: ns since the epoch, both bounds included."""
+    limit: int | None = None
+    """Entries, at most."""
+
+
+class Start(NamedTuple):
+    """Where a stream begins: a directory in a volume, or, with ``entry``, a whole volume as one of several.
+
+    The volume's own line is written then, and what is in it is looked at if it is ``open`` and ``recursive`` says so.
+    """
+
+    volume: str
+    path: tuple[bytes, ...]
+    entry: Entry | None = None
+    open: bool = True
+
+
+class StreamEnd(NamedTuple):
+    """What came of a stream: how many entries and errors it told, and ``bytes`` that were written."""
+
+    entries: int
+    errors: int
+    truncated: bool
+    """There were more entries than the limit."""
+    bytes: int
+    complete: bool
+    """It went on to its summary line. If not, nobody read it any more, or it was stopped."""
 
 
 class Reply(NamedTuple):
@@ -184,6 +245,74 @@ def close_all(fds: Sequence[int]) -> None:
         os.close(descriptor)
 
 
+# --- asking for a stream ----------------------------------------------------------------------------------------
+
+
+def check_filters(filters: Filters) -> None:
+    """Raises InvalidOption for filters that no stream can have."""
+    if filters.max_depth is not None and not (filters.recursive and 1 <= filters.max_depth <= U32):
+        raise errors.InvalidOption("max_depth must be at least 1, and goes with recursive")
+    if filters.limit is not None and not 1 <= filters.limit <= U64:
+        raise errors.InvalidOption("limit must be at least 1")
+    if filters.kind and filters.kind not in KINDS | {"volume"}:
+        raise errors.InvalidOption(f"kind must be one of volume, {', '.join(sorted(KINDS))}")
+    for size in (filters.min_size, filters.max_size):
+        if size is not None and not 0 <= size <= U64:
+            raise errors.InvalidOption("sizes must be from 0 to 2^64 - 1")
+    for moment in (filters.newer, filters.older):
+        if moment is not None and not -I64 - 1 <= moment <= I64:
+            raise errors.InvalidOption("times must be nanoseconds that fit 64 bits")
+    matcher(filters.name)
+
+
+def matcher(name: str) -> re.Pattern[str] | None:
+    """What ``Filters.name`` means to ``match``; None if every name will do. Raises InvalidOption.
+
+    No pattern makes it slow: Python's translation of a glob never goes back to an earlier ``*``.
+    """
+    try:
+        if len(name.encode()) > MAX_PATTERN:
+            raise errors.InvalidOption(f"name must not be longer than {MAX_PATTERN} bytes")
+    except UnicodeEncodeError:
+        raise errors.InvalidOption("name holds half a surrogate pair, which no file name has") from None
+    return re.compile(fnmatch.translate(name)) if name.strip("*") else None
+
+
+def stream_frames(number: int, starts: Sequence[Start], filters: Filters, stall: float) -> list[bytes]:
+    """The frames of request ``number`` for a stream, of which the last goes with the pipe's write end.
+
+    ``stall`` is how long the pipe may stay full, in seconds. A disk can have more volumes than fit one frame.
+    """
+    frames: list[bytes] = []
+    rows: list[str] = []
+    room = MAX_FRAME // 2
+    for start in starts:
+        row = _dump((start.volume, names.format_path(start.path), start.entry, start.open))
+        size = len(row.encode())
+        if size > room:
+            frames.append(_starts_frame(number, rows))
+            rows, room = [], MAX_FRAME // 2
+        rows.append(row)
+        room -= size
+    frames.append(_starts_frame(number, rows, f',"filters":{_dump(filters)},"stall":{_dump(stall)}'))
+    return frames
+
+
+def _starts_frame(number: int, rows: Sequence[str], rest: str = "") -> bytes:
+    frame = f'{{"id":{number},"op":"stream","starts":[{",".join(rows)}]{rest}}}'.encode()
+    if len(frame) > MAX_FRAME:
+        raise ProtocolError("a message too long for a frame")
+    return frame
+
+
+def starts_of(message: dict[str, Any]) -> list[Start]:
+    """The starts in a frame of such a request, which comes from the daemon and is believed. Raises InvalidPath."""
+    return [
+        Start(volume, names.parse_path(path), Entry(*entry) if entry else None, bool(is_open))
+        for volume, path, entry, is_open in message["starts"]
+    ]
+
+
 # --- the reader's side of answers -------------------------------------------------------------------------------
 
 
@@ -198,20 +327,36 @@ def answer_frame(number: int, answer: object) -> bytes:
     return encode({"id": number, "ok": answer})
 
 
+def part_frame(number: int, answer: object) -> bytes:
+    """The frame that answers request ``number`` in part."""
+    return encode({"id": number, "more": True, "ok": answer})
+
+
 def listing_frames(number: int, listing: Listing) -> Iterator[bytes]:
     """The frames that answer request ``number`` with a page, each as full as it can be."""
     cursor = _dump(listing.cursor).encode()
     room = MAX_FRAME - _FRAME_MARGIN - len(cursor)
     parts: list[bytes] = []
     size = 0
-    for entry in listing.entries:
-        part = _dump(entry).encode()
+    for part in _encoded(listing.entries, room):
         if size + len(part) + 1 > room:
             yield b'{"id":%d,"more":true,"ok":{"entries":[%s]}}' % (number, b",".join(parts))
             parts, size = [], 0
         parts.append(part)
         size += len(part) + 1
     yield b'{"id":%d,"ok":{"entries":[%s],"cursor":%s}}' % (number, b",".join(parts), cursor)
+
+
+def _encoded(entries: Sequence[Entry], room: int) -> Iterator[bytes]:
+    """``entries`` as JSON, without the brackets, many at a time; each piece fits into ``room``."""
+    for start in range(0, len(entries), _AT_ONCE):
+        many = entries[start : start + _AT_ONCE]
+        piece = _dump(many).encode()[1:-1]
+        if len(piece) < room:
+            yield piece
+        else:
+            for entry in many:
+                yield _dump(entry).encode()
 
 
 # --- the daemon's side: nothing is believed ---------------------------------------------------------------------
@@ -329,9 +474,31 @@ def parse_info(answer: object) -> FileInfo:
     )
 
 
+def parse_stream_end(answer: object, limit: int | None) -> StreamEnd:
+    """The last answer to ``stream``, with at most ``limit`` entries. Raises ProtocolError."""
+    entries, failed, truncated, size, complete = _row(answer, len(StreamEnd._fields))
+    return StreamEnd(
+        entries=_number(entries, 0, U64 if limit is None else limit),
+        errors=_number(failed, 0, U64),
+        truncated=_truth(truncated),
+        bytes=_number(size, 0, U64),
+        complete=_truth(complete),
+    )
+
+
 def _parse_entry(value: object) -> tuple[bytes, Entry]:
-    name, kind, size, mode, mtime, target, extras = _row(value, len(Entry._fields))
+    """A line of a page. As short a way as can be, while still everything is checked: a page has thousands."""
+    name, kind, size, mode, mtime, target, extras = _row(value, _ENTRY_LENGTH)
     text, raw = _name(name)
+    if type(size) is not int or type(mode) is not int or type(mtime) is not int:
+        raise ProtocolError("a number of the wrong type or size")
+    if not (0 <= size <= U64 and 0 <= mode <= 0o7777 and -I64 - 1 <= mtime <= I64):
+        raise ProtocolError("a number of the wrong type or size")
+    linked = _text(target, names.MAX_PATH)[0] if target != "" else ""
+    return raw, Entry(text, _kind(kind), size, mode, mtime, linked, _parse_extras(extras) if extras != {} else {})
+
+
+def _parse_extras(extras: object) -> dict[str, str | int | bool]:
     if not isinstance(extras, dict) or not extras.keys() <= {"unreadable", "time_clamped", "nlink"}:
         raise ProtocolError("extras that there are not")
     checked: dict[str, str | int | bool] = {}
@@ -341,15 +508,7 @@ def _parse_entry(value: object) -> tuple[bytes, Entry]:
         checked["time_clamped"] = _truth(extras["time_clamped"])
     if "nlink" in extras:
         checked["nlink"] = _number(extras["nlink"], 0, U32)
-    return raw, Entry(
-        name=text,
-        kind=_kind(kind),
-        size=_number(size, 0, U64),
-        mode=_number(mode, 0, 0o7777),
-        mtime_ns=_number(mtime, -I64 - 1, I64),
-        target=_text(target, names.MAX_PATH)[0],
-        extras=checked,
-    )
+    return checked
 
 
 class ListingParts:

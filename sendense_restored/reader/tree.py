@@ -11,7 +11,6 @@ believed to be the same because it has the same name.
 from __future__ import annotations
 
 import errno
-import heapq
 import os
 import stat as stat_module
 from typing import TYPE_CHECKING
@@ -29,7 +28,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _CHECK_EVERY = 256
 _LONGEST_SHOWN = 200
 
-_KINDS = {
+_TYPE, _MODE = stat_module.S_IFMT(0xFFFF), 0o7777
+KINDS = {
     stat_module.S_IFREG: "file",
     stat_module.S_IFDIR: "directory",
     stat_module.S_IFLNK: "symlink",
@@ -48,8 +48,8 @@ _WITH_ARTICLE = {
     "file": "a file",
 }
 
-_DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE})
-_NO_RESOURCES = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR})
+DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE})
+NO_RESOURCES = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR})
 
 
 def shown(path: tuple[bytes, ...]) -> str:
@@ -70,9 +70,9 @@ def refused(error: OSError, path: tuple[bytes, ...]) -> errors.RestoreError:
         return errors.PathNotFound(f"the symbolic links of {what} lead in a circle; no file is at their end")
     if number == errno.ENAMETOOLONG:
         return errors.InvalidPath(f"{what} is longer than this volume's file system allows")
-    if number in _NO_RESOURCES:
+    if number in NO_RESOURCES:
         return errors.Unavailable("the mount's reader is short of memory or descriptors; try again in a moment")
-    if number in _DAMAGED:
+    if number in DAMAGED:
         return errors.Unreadable(f"the file system is damaged at {what}, or its storage failed; try an older backup")
     reason = os.strerror(number) if number else "unknown error"
     return errors.Unreadable(f"the file system did not give {what} ({reason}); try an older backup")
@@ -88,7 +88,7 @@ def _clamped(nanoseconds: int) -> int:
 
 
 def _kind(status: os.stat_result) -> str:
-    return _KINDS.get(stat_module.S_IFMT(status.st_mode), "")
+    return KINDS.get(stat_module.S_IFMT(status.st_mode), "")
 
 
 def usage(root: int) -> Usage:
@@ -152,7 +152,7 @@ def stat(root: int, path: tuple[bytes, ...]) -> FileInfo:
         handle = _resolve(root, path, os.O_PATH | os.O_NOFOLLOW)
         try:
             status = os.fstat(handle)
-            target = _target(b"", handle) if stat_module.S_ISLNK(status.st_mode) else ""
+            target = link_target(b"", handle) if stat_module.S_ISLNK(status.st_mode) else ""
         finally:
             os.close(handle)
     except OSError as error:
@@ -194,7 +194,8 @@ def _info(status: os.stat_result, target: str, xattrs: list[str], unreadable: st
     )
 
 
-def _target(name: bytes, directory: int) -> str:
+def link_target(name: bytes, directory: int) -> str:
+    """Where a symbolic link leads, in text form. Raises OSError."""
     # A damaged link may hold a NUL; what the kernel follows ends there.
     return names.to_text(os.readlink(name, dir_fd=directory).split(b"\0")[0])
 
@@ -219,6 +220,20 @@ def _xattrs(descriptor: int) -> list[str]:
 # --- list -------------------------------------------------------------------------------------------------------
 
 
+def open_directory(root: int, path: tuple[bytes, ...]) -> int:
+    """A descriptor of a directory, to be read; links to it are followed.
+
+    Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
+    """
+    try:
+        # O_DIRECTORY fails on anything else before it is opened (open(2)).
+        return _resolve(root, path, _READ | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno == errno.ENOTDIR and _exists(root, path):
+            raise errors.NotADirectory(f"{shown(path)} is not a directory; list the directory above it") from None
+        raise refused(error, path) from None
+
+
 def list_directory(
     root: int, path: tuple[bytes, ...], *, limit: int, cursor: str, check: Callable[[], None]
 ) -> Listing:
@@ -229,21 +244,15 @@ def list_directory(
     Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
     """
     after = names.to_bytes(cursor)
-    try:
-        # O_DIRECTORY fails on anything else before it is opened (open(2)).
-        directory = _resolve(root, path, _READ | os.O_DIRECTORY)
-    except OSError as error:
-        if error.errno == errno.ENOTDIR and _exists(root, path):
-            raise errors.NotADirectory(f"{shown(path)} is not a directory; list the directory above it") from None
-        raise refused(error, path) from None
+    directory = open_directory(root, path)
     try:
         with os.scandir(directory) as scan:
-            found = heapq.nsmallest(limit + 1, _names_after(scan, after, check))
+            found = _first_names(scan, after, limit + 1, check)
             entries: list[Entry] = []
             for name, _, entry in found[:limit]:
                 text = names.to_text(name)
                 if not entries or text != entries[-1].name:  # a damaged directory may have a name twice
-                    entries.append(_entry(directory, (*path, name), text, entry))
+                    entries.append(_entry(directory, path, name, text, entry))
     except OSError as error:
         raise refused(error, path) from None
     finally:
@@ -251,9 +260,11 @@ def list_directory(
     return Listing(entries, entries[-1].name if len(found) > limit else "")
 
 
-def _names_after(
-    scan: Iterator[os.DirEntry[str]], after: bytes, check: Callable[[], None]
-) -> Iterator[tuple[bytes, int, os.DirEntry[str]]]:
+def _first_names(
+    scan: Iterator[os.DirEntry[str]], after: bytes, most: int, check: Callable[[], None]
+) -> list[tuple[bytes, int, os.DirEntry[str]]]:
+    """The ``most`` smallest names after ``after``, in order; there are never more than twice as many in memory."""
+    kept: list[tuple[bytes, int, os.DirEntry[str]]] = []
     for index, entry in enumerate(scan):
         if not index % _CHECK_EVERY:
             check()
@@ -261,7 +272,12 @@ def _names_after(
         name = entry.name.encode("utf-8", "surrogateescape")
         # An empty name (a NUL at its start, on a damaged disk) is never greater, and one too long is no path's part.
         if name > after and len(name) <= names.MAX_NAME:
-            yield name, index, entry  # the index decides between equal names: entries cannot be compared
+            kept.append((name, index, entry))  # the index decides between equal names: entries cannot be compared
+            if len(kept) >= 2 * most:
+                kept.sort()
+                del kept[most:]
+    kept.sort()
+    return kept[:most]
 
 
 def _exists(root: int, path: tuple[bytes, ...]) -> bool:
@@ -272,25 +288,29 @@ def _exists(root: int, path: tuple[bytes, ...]) -> bool:
     return True
 
 
-def _entry(directory: int, path: tuple[bytes, ...], text: str, found: os.DirEntry[str]) -> Entry:
+def _entry(directory: int, path: tuple[bytes, ...], name: bytes, text: str, found: os.DirEntry[str]) -> Entry:
+    """One entry of the directory at ``path``. As short a way as can be: a page has thousands."""
     try:
         status = found.stat(follow_symlinks=False)
-        target = _target(path[-1], directory) if stat_module.S_ISLNK(status.st_mode) else ""
+        bits, size, mtime = status.st_mode, status.st_size, status.st_mtime_ns
+        kind = KINDS.get(bits & _TYPE, "")
+        target = link_target(name, directory) if kind == "symlink" else ""
     except OSError as error:
-        if error.errno in _NO_RESOURCES:
+        if error.errno in NO_RESOURCES:
             raise
         if error.errno == errno.ENOENT:  # the directory says there is something, its inode says there is not
             error.errno = errno.EUCLEAN
-        return Entry(text, _remembered_kind(found), 0, 0, 0, "", {"unreadable": refused(error, path).message})
+        unreadable = refused(error, (*path, name)).message
+        return Entry(text, _remembered_kind(found), 0, 0, 0, "", {"unreadable": unreadable})
     extras: dict[str, str | int | bool] = {}
-    if not (kind := _kind(status)):
-        extras["unreadable"] = refused(OSError(errno.EUCLEAN, ""), path).message
-    if (mtime := _clamped(status.st_mtime_ns)) != status.st_mtime_ns:
+    if not kind:
+        extras["unreadable"] = refused(OSError(errno.EUCLEAN, ""), (*path, name)).message
+    if not -I64 <= mtime <= I64:
+        mtime = _clamped(mtime)
         extras["time_clamped"] = True
-    if stat_module.S_ISREG(status.st_mode) and status.st_nlink > 1:
+    if kind == "file" and status.st_nlink > 1:
         extras["nlink"] = min(status.st_nlink, U32)
-    mode = stat_module.S_IMODE(status.st_mode)
-    return Entry(text, kind or "file", max(status.st_size, 0), mode, mtime, target, extras)
+    return Entry(text, kind or "file", max(size, 0), bits & _MODE, mtime, target, extras)
 
 
 def _remembered_kind(found: os.DirEntry[str]) -> str:

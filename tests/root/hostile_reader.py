@@ -42,6 +42,8 @@ class Attack:
         self.argument = argument
         self.roots: list[int] = []
         self.request: dict[str, Any] = {}
+        self.fds: list[int] = []
+        """What came with the request."""
 
     def open(self, directory: int, path: bytes, flags: int = os.O_RDONLY, *, resolve: int = 0) -> int:
         """Open without any rule about how a path resolves."""
@@ -266,6 +268,43 @@ def parts_without_end(attack: Attack) -> None:
         attack.say({"id": attack.request["id"], "more": True, "ok": {"entries": [entry]}})
 
 
+def end_without_beginning(attack: Attack) -> None:
+    attack.say({"id": attack.request["id"], "ok": [0, 0, False, 0, True]})
+
+
+def two_beginnings(attack: Attack) -> None:
+    for _ in range(2):
+        attack.say({"id": attack.request["id"], "more": True, "ok": None})
+
+
+def beginning_with_a_file(attack: Attack) -> None:
+    attack.say({"id": attack.request["id"], "more": True, "ok": None}, attack.file()[0])
+
+
+def error_after_the_beginning(attack: Attack) -> None:
+    attack.say({"id": attack.request["id"], "more": True, "ok": None})
+    attack.say({"id": attack.request["id"], "error": "PathNotFound", "message": "it was there"})
+
+
+def more_than_the_limit(attack: Attack) -> None:
+    attack.say({"id": attack.request["id"], "more": True, "ok": None})
+    attack.say({"id": attack.request["id"], "ok": [10**6, 0, True, 0, True]})
+
+
+def lies(attack: Attack) -> None:
+    """Whatever it likes into the pipe, and an end that claims to be a whole one."""
+    attack.say({"id": attack.request["id"], "more": True, "ok": None})
+    os.write(attack.fds[0], b"\x00\xff not JSON at all\n")
+    os.close(attack.fds.pop())
+    attack.say({"id": attack.request["id"], "ok": [5, 0, False, 2**63, True]})
+
+
+def die_in_the_middle(attack: Attack) -> None:
+    attack.say({"id": attack.request["id"], "more": True, "ok": None})
+    os.write(attack.fds[0], b'{"path":"/v/half')
+    os._exit(3)
+
+
 def die(_attack: Attack) -> None:
     os._exit(3)
 
@@ -312,6 +351,8 @@ ATTACKS = {
             unasked_file,
         ),
         *(garbage, too_long, flood, parts_without_end, die, hang_up, silence),
+        *(end_without_beginning, two_beginnings, beginning_with_a_file, error_after_the_beginning),
+        *(more_than_the_limit, lies, die_in_the_middle),
     )
 }
 
@@ -334,7 +375,7 @@ def run(arguments: list[str]) -> None:
             attack.roots = fds
             attack.say({"id": message["id"], "ok": dict.fromkeys(message["volumes"], (1, 1))})
         else:
-            attack.request = message
+            attack.request, attack.fds = message, fds
             act(attack)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import stat
@@ -19,14 +20,18 @@ from sendense_restored import config, errors, linux
 from sendense_restored.daemon.host import readers
 from sendense_restored.daemon.host.process import Tools
 from sendense_restored.daemon.host.readers import Readers
+from sendense_restored.reader import protocol
+from sendense_restored.reader.protocol import Filters, Start
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from sendense_restored.daemon.host.readers import Reader
+    from sendense_restored.daemon.host.readers import Reader, Stream
 
 HOSTILE = (str(Path(__file__).with_name("hostile_reader.py")),)
 KILLED = "signal 31"  # SIGSYS, by the filter
+EVERYTHING = Filters(recursive=True)
+DEPTH, FILES_A_LEVEL = 40, 100
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,22 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.mknod(content / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     image = directory / "image"
     subprocess.run(["mkfs.ext4", "-q", "-d", content, image, "8M"], check=True, capture_output=True)
+    return image
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ext4 with one directory in another, and enough files in each that no pipe takes them."""
+    directory = tmp_path_factory.mktemp("deep")
+    content = directory / "content"
+    level = content
+    for _ in range(DEPTH):
+        level /= "d"
+        level.mkdir(parents=True)
+        for number in range(FILES_A_LEVEL):
+            (level / f"{number:0100}").touch()
+    image = directory / "image"
+    subprocess.run(["mkfs.ext4", "-q", "-N", "8000", "-d", content, image, "32M"], check=True, capture_output=True)
     return image
 
 
@@ -320,6 +341,125 @@ async def test_cancelling_a_start_leaves_nothing(stage: Stage, monkeypatch: pyte
         await starting
 
 
+# --- streams of an honest one -----------------------------------------------------------------------------------
+
+
+def drained(descriptor: int) -> bytes:
+    """All that comes out of a pipe, which is closed."""
+    with open(descriptor, "rb") as pipe:
+        return pipe.read()
+
+
+async def begun(reader: Reader, *path: bytes, filters: Filters = EVERYTHING) -> tuple[Stream, int]:
+    """A stream of the volume, and the end to read, which belongs to the caller."""
+    reading, writing = os.pipe()
+    try:
+        return await reader.stream([Start("v", path)], filters, writing, stall=60), reading
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+
+
+async def test_a_stream_tells_what_only_root_may_see(honest: Reader) -> None:
+    stream, reading = await begun(honest)
+    data = await asyncio.to_thread(drained, reading)
+    *entries, summary = map(json.loads, data.splitlines())
+    kinds = {entry["path"]: entry["kind"] for entry in entries}
+    assert kinds.pop("/v/lost+found") == "directory"
+    shallow = {"/v/file": "file", "/v/fifo": "fifo", "/v/null": "char", "/v/closed": "directory"}
+    assert kinds == shallow | {"/v/closed/inside": "file", "/v/absolute": "symlink", "/v/out": "symlink"}
+    assert next(entry["target"] for entry in entries if entry["path"] == "/v/out").endswith("/etc/shadow")
+    assert summary == {"summary": {"entries": len(entries), "errors": 0, "truncated": False}}
+    assert await stream.end == (len(entries), 0, False, len(data), True)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [(b"out", errors.PathNotFound), (b"file", errors.NotADirectory), (b"..", errors.InvalidPath)]
+)
+async def test_a_stream_that_cannot_begin_is_an_error_and_the_reader_lives_on(
+    honest: Reader, path: bytes, error: type[errors.RestoreError]
+) -> None:
+    with pytest.raises(error):
+        await begun(honest, path)
+    assert (await honest.stat("v", ())).kind == "directory"
+
+
+async def test_as_many_streams_as_there_may_be_run_at_once_in_the_jail(stage: Stage, deep: Path) -> None:
+    """Each in a directory that is deeper than what it keeps open: threads, descriptors and memory suffice."""
+    stage.image = deep
+    async with stage.reader(stage.honest, "mount", "v") as reader:
+        running = [await begun(reader) for _ in range(protocol.MAX_STREAMS)]
+        with pytest.raises(errors.LimitReached):
+            await begun(reader)
+        assert (await reader.stat("v", ())).kind == "directory"
+        for _, reading in running[1::2]:
+            os.close(reading)
+        for stream, _ in running[1::2]:
+            assert not (await stream.end).complete
+        for stream, reading in running[::2]:
+            *entries, summary = map(json.loads, (await asyncio.to_thread(drained, reading)).splitlines())
+            assert summary == {"summary": {"entries": len(entries), "errors": 0, "truncated": False}}
+            assert len(entries) == 1 + DEPTH * (1 + FILES_A_LEVEL)
+            assert (await stream.end).complete
+        assert not reader.lost.done()
+
+
+@pytest.fixture
+def subvolumes(tmp_path: Path) -> Path:
+    """A btrfs with a subvolume in a subvolume: each has a device number of its own, and all are one mount."""
+    image, where = tmp_path / "btrfs", tmp_path / "where"
+    where.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, where], check=True)
+    try:
+        for name in ("outer", "outer/inner"):
+            subprocess.run(["btrfs", "subvolume", "create", where / name], check=True, capture_output=True)
+            (where / name / "file").touch()
+    finally:
+        subprocess.run(["umount", where], check=True)
+    return image
+
+
+async def test_subvolumes_are_walked_as_directories_are(stage: Stage, subvolumes: Path) -> None:
+    stage.image = subvolumes
+    async with stage.reader(stage.honest, "mount", "v") as reader:
+        stream, reading = await begun(reader)
+        *entries, summary = map(json.loads, (await asyncio.to_thread(drained, reading)).splitlines())
+        assert sorted(entry["path"] for entry in entries) == [
+            *("/v/outer", "/v/outer/file", "/v/outer/inner", "/v/outer/inner/file")
+        ]
+        assert summary["summary"]["errors"] == 0
+        assert (await stream.end).complete
+
+
+async def test_streams_keep_a_volume_busy_no_longer_than_the_roots_are_lent(stage: Stage, deep: Path) -> None:
+    stage.image = deep
+    async with stage.reader(stage.honest, "mount", "v") as reader:
+        stream, reading = await begun(reader)
+        await reader.take_back()
+        assert not (await stream.end).complete
+        data = drained(reading)
+        assert b"summary" not in data
+        held = [os.readlink(f"/proc/{reader.pid}/fd/{name}") for name in os.listdir(f"/proc/{reader.pid}/fd")]  # noqa: PTH115, PTH208
+        assert not [target for target in held if target.endswith("/v") or "/v/" in target]
+
+
+async def test_a_stream_that_is_cancelled_ends(stage: Stage, deep: Path) -> None:
+    stage.image = deep
+    async with stage.reader(stage.honest, "mount", "v") as reader:
+        stream, reading = await begun(reader)
+        stream.cancel()
+        stream.cancel()
+        assert not (await stream.end).complete
+        stream.cancel()
+        assert b"summary" not in drained(reading)
+        assert (await reader.stat("v", ())).kind == "directory"
+
+
 # --- a compromised one, on the host -----------------------------------------------------------------------------
 
 
@@ -417,6 +557,38 @@ async def test_a_listing_without_end_is_cut_off(stage: Stage, honest: Reader) ->
         with pytest.raises(errors.Unavailable):
             await hostile.list("v", (), limit=1000, cursor="")
         assert "wrong length" in await hostile.lost
+        assert (await honest.stat("v", (b"file",))).size == 5
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *("end_without_beginning", "two_beginnings", "beginning_with_a_file", "error_after_the_beginning"),
+        *("more_than_the_limit", "garbage", "flood", "die", "hang_up", "die_in_the_middle"),
+    ],
+)
+async def test_a_dishonest_stream_ends_this_reader_and_no_other(stage: Stage, honest: Reader, attack: str) -> None:
+    async with stage.reader(stage.hostile, attack, "v") as hostile:
+        reading, writing = os.pipe()
+        try:
+            filters = Filters(recursive=True, limit=100)
+            stream = await hostile.stream([Start("v", ())], filters, writing, stall=60)
+            with pytest.raises(errors.Unavailable):
+                await stream.end
+        except errors.Unavailable:
+            pass  # it was found out before it had begun
+        finally:
+            os.close(writing)
+        await hostile.lost
+        assert b"summary" not in await asyncio.to_thread(drained, reading)
+        assert (await honest.stat("v", (b"file",))).size == 5
+
+
+async def test_a_lie_in_the_pipe_is_the_clients_to_see_and_costs_nobody_else(stage: Stage, honest: Reader) -> None:
+    async with stage.reader(stage.hostile, "lies", "v") as hostile:
+        stream, reading = await begun(hostile)
+        assert b"not JSON" in await asyncio.to_thread(drained, reading)
+        assert (await stream.end).entries == 5
         assert (await honest.stat("v", (b"file",))).size == 5
 
 

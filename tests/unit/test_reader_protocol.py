@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sendense_restored import errors, names
 from sendense_restored.reader import protocol
-from sendense_restored.reader.protocol import Entry, FileInfo, Listing, ListingParts, ProtocolError
+from sendense_restored.reader.protocol import Entry, FileInfo, Filters, Listing, ListingParts, ProtocolError, Start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -302,3 +302,46 @@ def test_a_hostile_reply_is_refused(message: dict[str, Any]) -> None:
 def test_hostile_usage_is_refused(answer: object) -> None:
     with pytest.raises(ProtocolError):
         protocol.parse_usage(answer, ["v"])
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(None, {}, [], [1, 0, False, 9], [1, 0, False, 9, True, 0], "12345"),
+        *([-1, 0, False, 9, True], [11, 0, True, 9, True], [True, 0, False, 9, True], ["1", 0, False, 9, True]),
+        *([1, -1, False, 9, True], [1, 2**64, False, 9, True], [1, None, False, 9, True]),
+        *([1, 0, 0, 9, True], [1, 0, None, 9, True], [1, 0, False, 9, 1], [1, 0, False, 9, "yes"]),
+        *([1, 0, False, -1, True], [1, 0, False, 2**64, True], [1, 0, False, 9.0, True]),
+    ],
+    ids=str,
+)
+def test_a_hostile_end_of_a_stream_is_refused(answer: object) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.parse_stream_end(answer, 10)
+
+
+def test_an_end_within_the_limit_is_taken_and_without_one_any_number_is() -> None:
+    assert protocol.parse_stream_end([10, 3, True, 700, True], 10) == (10, 3, True, 700, True)
+    assert protocol.parse_stream_end([2**64 - 1, 0, False, 2**64 - 1, False], None).entries == 2**64 - 1
+
+
+def test_a_request_for_a_stream_arrives_as_it_was_sent(pair: Pair) -> None:
+    entry = Entry("w\uef80", "volume", 1 << 40, 0o555, -1, "", {"display_name": 'Data "one"', "unreadable": "no"})
+    starts = [Start("v", (b"a\xff", b'"\\\n')), Start("w\uef80", (), entry, open=False)]
+    filters = Filters(recursive=True, name="*\uefff[!a]", max_size=2**64 - 1, newer=-(2**63), limit=1)
+    (frame,) = protocol.stream_frames(2**32 - 1, starts, filters, 0.5)
+    protocol.send(pair[0], frame)
+    message, _ = received(pair)
+    assert (message["id"], message["op"], message["stall"]) == (2**32 - 1, "stream", 0.5)
+    assert protocol.starts_of(message) == starts
+    assert Filters(*message["filters"]) == filters
+
+
+def test_the_longest_path_and_pattern_fit_a_frame(pair: Pair) -> None:
+    path = (b"\x01" * 255,) * 15 + (b"\x01" * 254,)
+    (frame,) = protocol.stream_frames(1, [Start("v", path)], Filters(name="\x01" * 1024), 1.0)
+    protocol.send(pair[0], frame)
+    assert protocol.starts_of(received(pair)[0])[0].path == path

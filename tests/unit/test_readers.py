@@ -16,9 +16,9 @@ import pytest
 from sendense_restored import errors, linux
 from sendense_restored.daemon.host import readers
 from sendense_restored.daemon.host.channel import Channel
-from sendense_restored.daemon.host.readers import MOST_REQUESTS, Reader
+from sendense_restored.daemon.host.readers import MOST_REQUESTS, Reader, Stream
 from sendense_restored.reader import protocol
-from sendense_restored.reader.protocol import Entry, FileInfo, Listing
+from sendense_restored.reader.protocol import Entry, FileInfo, Filters, Listing, Start, StreamEnd
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -340,6 +340,188 @@ async def test_parts_without_end_are_cut_off_even_when_nobody_waits_for_them(
     listing.cancel()
     scene.peer.says({"id": number, "more": True, "ok": {"entries": rows}})
     await scene.reader.lost
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+END = StreamEnd(5, 1, truncated=False, bytes=700, complete=True)
+
+
+@pytest.fixture
+def pipe() -> Iterator[int]:
+    """A pipe's write end."""
+    reading, writing = os.pipe()
+    yield writing
+    os.close(reading)
+    os.close(writing)
+
+
+def asked_for(scene: Scene, pipe: int, filters: Filters = Filters()) -> asyncio.Task[Stream]:  # noqa: B008 - a constant
+    return asyncio.create_task(scene.reader.stream([Start("v", (b"a",))], filters, pipe, stall=30))
+
+
+async def begun(scene: Scene, pipe: int, filters: Filters = Filters()) -> tuple[int, Stream]:  # noqa: B008 - a constant
+    """A stream that has begun, and the id of its request."""
+    asking = asked_for(scene, pipe, filters)
+    number = await scene.peer.number()
+    scene.peer.says({"id": number, "more": True, "ok": None})
+    return number, await asking
+
+
+async def test_a_stream_gets_the_pipe_and_is_there_when_it_has_begun(scene: Scene, pipe: int) -> None:
+    filters = Filters(recursive=True, name="*", kind="file", newer=-5, limit=7)
+    asking = asked_for(scene, pipe, filters)
+    message, fds = await scene.peer.request()
+    assert (message["op"], message["stall"]) == ("stream", 30)
+    assert (protocol.starts_of(message), Filters(*message["filters"])) == ([Start("v", (b"a",))], filters)
+    assert [os.path.sameopenfile(pipe, descriptor) for descriptor in fds] == [True]
+    protocol.close_all(fds)
+    assert not asking.done()
+    scene.peer.says({"id": message["id"], "more": True, "ok": None})
+    stream = await asking
+    assert not stream.end.done()
+    scene.peer.says({"id": message["id"], "ok": END})
+    assert await stream.end == END
+    stream.cancel()  # after the end it asks nothing of the reader:
+    stat = asyncio.create_task(scene.reader.stat("v", ()))
+    message, _ = await scene.peer.request()
+    assert message["op"] == "stat"
+    scene.peer.says({"id": message["id"], "ok": FILE})
+    await stat
+
+
+async def test_a_stream_that_cannot_begin_says_why(scene: Scene, pipe: int) -> None:
+    asking = asked_for(scene, pipe)
+    scene.peer.says({"id": await scene.peer.number(), "error": "NotADirectory", "message": "it is a file"})
+    with pytest.raises(errors.NotADirectory, match="it is a file"):
+        await asking
+    assert not scene.reader.lost.done()
+
+
+async def test_filters_that_mean_nothing_do_not_get_to_the_reader(scene: Scene, pipe: int) -> None:
+    with pytest.raises(errors.InvalidOption):
+        await asked_for(scene, pipe, Filters(limit=0))
+    stat = asyncio.create_task(scene.reader.stat("v", ()))
+    message, _ = await scene.peer.request()
+    assert message["op"] == "stat"
+    scene.peer.says({"id": message["id"], "ok": FILE})
+    await stat
+
+
+async def test_cancelling_a_stream_is_told_to_the_reader(scene: Scene, pipe: int) -> None:
+    number, stream = await begun(scene, pipe)
+    stream.cancel()
+    assert await scene.peer.request() == ({"id": number, "op": "cancel"}, [])
+    scene.peer.says({"id": number, "ok": END._replace(complete=False)})
+    assert not (await stream.end).complete
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancelled"])
+@pytest.mark.parametrize("answers", ["begins and ends", "cannot begin", "dies"])
+async def test_a_stream_that_is_given_up_before_it_begins_is_cancelled(
+    scene: Scene, pipe: int, how: str, answers: str
+) -> None:
+    if how == "timeout":
+        scene.reader._seconds = 0.01
+    asking = asked_for(scene, pipe)
+    number = await scene.peer.number()
+    if how == "cancelled":
+        asking.cancel()
+    with pytest.raises((errors.Timeout, asyncio.CancelledError)):
+        await asking
+    assert await scene.peer.request() == ({"id": number, "op": "cancel"}, [])
+    scene.reader._seconds = LONG
+    if answers == "dies":
+        scene.process.end(3)
+        await scene.reader.lost
+        return
+    if answers == "begins and ends":
+        scene.peer.says({"id": number, "more": True, "ok": None})
+        scene.peer.says({"id": number, "ok": END})
+    else:
+        scene.peer.says({"id": number, "error": "PathNotFound", "message": "no"})
+    stat = asyncio.create_task(scene.reader.stat("v", ()))
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE})
+    await stat
+    assert not scene.reader.lost.done()
+    assert not scene.reader._streaming
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [{"more": True, "ok": None}, {"more": True, "ok": None}],
+        [{"more": True, "ok": {}}],
+        [{"ok": END}],
+        [{"ok": None}],
+        [{"more": True, "ok": None}, {"ok": None}],
+        [{"more": True, "ok": None}, {"ok": END[:4]}],
+        [{"more": True, "ok": None}, {"ok": END._replace(entries=8)}],
+        [{"more": True, "ok": None}, {"ok": END._replace(entries=-1)}],
+        [{"more": True, "ok": None}, {"ok": END._replace(errors=2**64)}],
+        [{"more": True, "ok": None}, {"ok": END._replace(bytes=1.5)}],  # type: ignore[arg-type]
+        [{"more": True, "ok": None}, {"ok": END._replace(truncated=0)}],  # type: ignore[arg-type]
+        [{"more": True, "ok": None}, {"ok": END._replace(complete=None)}],  # type: ignore[arg-type]
+        [{"more": True, "ok": None}, {"error": "PathNotFound", "message": "too late"}],
+        [{"more": True, "ok": None}, {"ok": END}, {"ok": END}],
+    ],
+)
+async def test_a_stream_of_no_honest_reader_ends_it(scene: Scene, pipe: int, words: list[dict[str, object]]) -> None:
+    asking = asked_for(scene, pipe, Filters(limit=7))
+    number = await scene.peer.number()
+    for message in words:
+        scene.peer.says({"id": number} | message)
+    assert "misbehaved" in await scene.reader.lost
+    assert scene.process.ended.done()
+    await asyncio.wait([asking])
+    if asking.exception() is None:
+        await asyncio.wait([asking.result().end])
+
+
+@pytest.mark.parametrize("how", ["dies", "is closed"])
+async def test_a_stream_whose_reader_is_gone_ends_as_unavailable(scene: Scene, pipe: int, how: str) -> None:
+    _, stream = await begun(scene, pipe)
+    if how == "dies":
+        scene.process.end(-11)
+    else:
+        await scene.reader.close()
+    with pytest.raises(errors.Unavailable):
+        await stream.end
+    stream.cancel()
+    with pytest.raises(errors.Unavailable):
+        await asked_for(scene, pipe)
+
+
+async def test_streams_do_not_count_as_requests_but_have_a_bound_of_their_own(scene: Scene, pipe: int) -> None:
+    streams = [await begun(scene, pipe) for _ in range(protocol.MAX_STREAMS)]
+    with pytest.raises(errors.LimitReached):
+        await asked_for(scene, pipe)
+    asking = [asyncio.create_task(scene.reader.stat("v", ())) for _ in range(MOST_REQUESTS)]
+    numbers = [await scene.peer.number() for _ in asking]
+    with pytest.raises(errors.LimitReached):
+        await scene.reader.stat("v", ())
+    scene.peer.says({"id": streams[0][0], "ok": END})
+    assert await streams[0][1].end == END
+    number, _ = await begun(scene, pipe)
+    scene.peer.says({"id": number, "ok": END})
+    for each in numbers:
+        scene.peer.says({"id": each, "ok": FILE})
+    await asyncio.gather(*asking)
+
+
+async def test_more_volumes_than_fit_one_frame_are_asked_for_in_several(scene: Scene, pipe: int) -> None:
+    entry = Entry("w", "volume", 0, 0, 0, "", {"unreadable": "x" * 2000})
+    starts = [Start("w", (), entry, open=False)] * 200
+    asking = asyncio.create_task(scene.reader.stream(starts, Filters(), pipe, stall=30))
+    found: list[Start] = []
+    while len(found) < len(starts):
+        message, fds = await scene.peer.request()
+        protocol.close_all(fds)
+        found += protocol.starts_of(message)
+        assert len(fds) == (len(found) == len(starts))
+    assert found == starts
+    scene.peer.says({"id": message["id"], "more": True, "ok": None})
+    await asking
 
 
 # --- time, load and the end -------------------------------------------------------------------------------------

@@ -51,7 +51,10 @@ class Channel:
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a message with copies of ``fds``, now or when there is room; to a peer that has gone, not at all."""
-        frame = protocol.encode(message)
+        self.send_frame(protocol.encode(message), fds)
+
+    def send_frame(self, frame: bytes, fds: Sequence[int] = ()) -> None:
+        """The same for a message that is encoded already."""
         if not self._unsent:
             try:
                 protocol.send(self._sock, frame, fds)

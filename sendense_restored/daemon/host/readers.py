@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sendense_restored.config import Config
-    from sendense_restored.reader.protocol import FileInfo, Listing, Usage
+    from sendense_restored.reader.protocol import FileInfo, Filters, Listing, Start, StreamEnd, Usage
 
     from .process import Child, Tools
 
@@ -49,6 +49,9 @@ MOST_REQUESTS = 64
 _GRACE = 1.0
 """Seconds that a reader which has closed its socket gets to end by itself."""
 
+_FDS_OF_STREAM = 56
+"""What one stream may have open: 24 directories, twice each, and its pipe (``reader/stream.py``)."""
+
 _PACKAGE_PARENT = str(Path(__file__).parents[3])
 
 # What the reader's own confinement takes; it ends with dac_read_search alone. It leaves the host's network itself,
@@ -59,7 +62,7 @@ _JAIL = Jail(
     network=True,
     memory=256 << 20,
     cpu=None,
-    files=1024,
+    files=1024 + protocol.MAX_STREAMS * _FDS_OF_STREAM,
 )
 
 
@@ -75,6 +78,17 @@ class Readers:
         self._program = program
         # In turns, so that a uid rests as long as possible between two readers.
         self._free_uids = deque(config.readers.uids)
+        self._running: set[int] = set()
+
+    @property
+    def uids_free(self) -> int:
+        """How many more readers there can be."""
+        return len(self._free_uids)
+
+    @property
+    def pids(self) -> set[int]:
+        """The readers that run."""
+        return set(self._running)
 
     async def start(self, mount_id: str) -> Reader:
         """Start a reader and wait until it is confined; whoever calls this owns it.
@@ -99,7 +113,13 @@ class Readers:
                     raise internal("starting the mount's reader", failure) from None
             undo.pop_all()
         seconds = self._config.readers.timeout
-        reader = Reader(child, uid, ours, root, seconds=seconds, gone=lambda: self._free_uids.append(uid))
+        self._running.add(child.pid)
+
+        def gone() -> None:
+            self._running.discard(child.pid)
+            self._free_uids.append(uid)
+
+        reader = Reader(child, uid, ours, root, seconds=seconds, gone=gone)
         try:
             await reader.ready()
         except errors.RestoreError as failure:
@@ -123,6 +143,18 @@ class Readers:
         )
 
 
+class Stream:
+    """A listing that a reader writes into a pipe. ``end`` is done when it has ended, in whatever way.
+
+    Its exception is Unavailable if the reader ended first.
+    """
+
+    def __init__(self, end: asyncio.Future[StreamEnd], cancel: Callable[[], None]) -> None:
+        self.end = end
+        self.cancel = cancel
+        """Have the reader end it, soon; may be called again."""
+
+
 class _Asked(Generic[_Answer]):
     """One request without an answer yet."""
 
@@ -130,6 +162,8 @@ class _Asked(Generic[_Answer]):
         self.finish = finish
         """Checks the answer, takes the descriptors that it keeps; raises ProtocolError."""
         self.parts = parts
+        self.begun: asyncio.Future[None] | None = None
+        """Of a stream: done when it has begun, which its one part says."""
         self.answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self.fds: _Fds = []
         """What came with the answer; belongs to the one who asked."""
@@ -153,6 +187,8 @@ class Reader:
         self._mount_ids: dict[str, int] = {}
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked[Any]] = {0: _Asked(_nothing)}
+        self._streaming: set[int] = set()
+        """Those of the requests that are streams."""
         self._last_kill: asyncio.TimerHandle | None = None
         self._channel: Channel | None = Channel(sock, self._answered, self._channel_ended)
         self._watch = asyncio.create_task(self._follow(gone), name=f"reader[{child.pid}]")
@@ -233,6 +269,50 @@ class Reader:
         arguments = {"volume": volume, "path": names.format_path(path), "limit": limit, "cursor": cursor}
         return await self._ask(asked, "list", arguments)
 
+    async def stream(self, starts: Sequence[Start], filters: Filters, out: int, *, stall: float) -> Stream:
+        """Have a listing written into a pipe, whose write end ``out`` stays the caller's.
+
+        Returns when it has begun. ``stall``: seconds that nobody may read before it ends. Raises InvalidOption, or
+        what the reader says; nothing is written then.
+        """
+        protocol.check_filters(filters)
+        if self._channel is None:
+            raise _stopped()
+        if len(self._streaming) >= protocol.MAX_STREAMS:
+            raise errors.LimitReached("too many listings of this mount run; read one to its end or close it")
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def finish(answer: object, _fds: _Fds) -> StreamEnd:
+            if not begun.done():
+                raise protocol.ProtocolError("the end of a stream that has not begun")
+            return protocol.parse_stream_end(answer, filters.limit)
+
+        asked = _Asked(finish)
+        asked.begun = begun
+        number = next(self._numbers)
+        *first, last = protocol.stream_frames(number, starts, filters, stall)
+        for frame in first:
+            self._channel.send_frame(frame)
+        self._channel.send_frame(last, [out])
+        self._asked[number] = asked
+        self._streaming.add(number)
+        asked.answer.add_done_callback(lambda _: self._streaming.discard(number))
+
+        def cancel() -> None:
+            if self._channel is not None and not asked.answer.done():
+                self._channel.send({"id": number, "op": "cancel"})
+
+        either: list[asyncio.Future[Any]] = [begun, asked.answer]
+        waiting = asyncio.ensure_future(asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED))
+        try:
+            await self._wait_for(waiting)
+        except BaseException:
+            cancel()
+            raise
+        if not begun.done():
+            await asked.answer  # which says why not
+        return Stream(asked.answer, cancel)
+
     async def stat(self, volume: str, path: tuple[bytes, ...]) -> FileInfo:
         """What is known of one file; a symbolic link is described, not followed."""
         asked = _Asked(lambda answer, _fds: protocol.parse_info(answer))
@@ -259,7 +339,7 @@ class Reader:
     ) -> _Answer:
         if self._channel is None:
             raise _stopped()
-        if len(self._asked) >= MOST_REQUESTS and op != "take_back":
+        if len(self._asked) - len(self._streaming) >= MOST_REQUESTS and op != "take_back":
             raise errors.LimitReached("too many requests of this mount wait for an answer; try again in a moment")
         number = next(self._numbers)
         self._channel.send({"id": number, "op": op, **arguments}, fds)
@@ -284,10 +364,11 @@ class Reader:
         if asked is None:
             raise protocol.ProtocolError("an answer that nobody waits for")
         if reply.more:
-            if asked.parts is None or fds:
+            if fds or not self._take_part(asked, reply.answer):
                 raise protocol.ProtocolError("a part of something that has no parts")
-            asked.parts.add(reply.answer, last=False)
             return
+        if reply.error is not None and asked.begun is not None and asked.begun.done():
+            raise protocol.ProtocolError("an error of a stream that has begun")
         if asked.answer.done():  # given up
             del self._asked[reply.id]
             return
@@ -306,6 +387,16 @@ class Reader:
             _fail(asked, error)
         else:
             asked.answer.set_result(result)
+
+    @staticmethod
+    def _take_part(asked: _Asked[Any], answer: object) -> bool:
+        if asked.parts is not None:
+            asked.parts.add(answer, last=False)
+            return True
+        if asked.begun is None or asked.begun.done() or answer is not None:
+            return False
+        asked.begun.set_result(None)
+        return True
 
     def _check_file(self, volume: str, info: FileInfo, fds: _Fds) -> None:
         """Refuse everything but one read-only regular file of the volume.
