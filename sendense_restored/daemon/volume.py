@@ -11,17 +11,21 @@ from .host.filesystem import MountRefused
 from .host.volumes import VolumeState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from sendense_restored.reader.protocol import Usage
 
-    from .host.attach import Attachment, Workplace
+    from .host.attach import Attachment
     from .host.filesystem import Mounted
+    from .host.holders import Holding
     from .host.image import Image
     from .host.loop import BlockDevice
     from .host.readers import Reader
+    from .host.resources import Resources
     from .host.volumes import Volume
+    from .host.workplace import Workplace
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ class Machine(Protocol):
     """What a session needs of the host; ``host.machine.Machine`` is the real one."""
 
     backend: str
+
+    lost: asyncio.Future[str]
+    """Done, with a reason, when the service cannot go on and must be started anew."""
 
     def workplace(self, mount_id: str) -> Workplace:
         """The mount's own directory; nothing is made yet."""
@@ -58,6 +65,21 @@ class Machine(Protocol):
     async def mount(self, volume: Volume, device: BlockDevice, where: Path, journal: Journal) -> Mounted:
         """Mount a volume; raises MountRefused."""
 
+    def check_room(self, disks: int) -> None:
+        """See whether there is enough for a mount of so many disks. Raises NoSpace or LimitReached."""
+
+    async def resources(self) -> Resources:
+        """What is used and what there is."""
+
+    async def holders(self, mount_ids: Collection[int]) -> list[Holding]:
+        """Who outside has files of these mounts open."""
+
+    def sweep(self, live: Collection[str]) -> list[str]:
+        """Take away what belongs to no mount of ``live``, at once; sentences about what was found."""
+
+    async def shell(self, terminal: int, *, term: str = "") -> int:
+        """Run a root shell among the mounts, on a terminal; its exit status. Raises InvalidOption, LimitReached."""
+
     async def start_reader(self, mount_id: str) -> Reader:
         """Start the process that will touch the mount's files."""
 
@@ -76,6 +98,8 @@ class SessionVolume:
         self.device: BlockDevice | None = None
         self.mounted: Mounted | None = None
         self.usage: Usage | None = None
+        self.draining: list[BlockDevice] = []
+        """Devices that it let go of while somebody abroad still used them."""
 
     @property
     def name(self) -> str:
@@ -140,7 +164,9 @@ class SessionVolume:
             await self.close()
         except errors.Busy as error:
             log.warning("%s: %s", self.name, error)
-            self.device = None
+            if self.device is not None:
+                self.draining.append(self.device)
+                self.device = None
 
     def kill(self) -> None:
         """End the process that serves its files, if there is one."""

@@ -50,6 +50,12 @@ class Loop:
     def sectors_written(self) -> int:
         return int(Path("/sys/block", self.path.name, "stat").read_text(encoding="ascii").split()[6])
 
+    def is_freed(self) -> bool:
+        raise AssertionError
+
+    async def freed(self) -> None:
+        raise AssertionError
+
     async def close(self) -> None:
         raise AssertionError("the device is not the file system's to close")
 

@@ -170,3 +170,54 @@ asyncio.run(main())
         await ended.wait()
     asyncio.get_running_loop().remove_reader(gone)
     os.close(gone)
+
+
+FORKS = """
+import os, signal
+children = []
+try:
+    while len(children) < 100:
+        child = os.fork()
+        if not child:
+            signal.pause()
+        children.append(child)
+except BlockingIOError:
+    pass
+print(len(children))
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.wait()
+"""
+
+
+async def test_a_jail_bounds_what_its_uid_can_have_running(tools: Tools) -> None:
+    """All its jails together, and no other uid."""
+
+    async def children(jail: Jail) -> int:
+        return int((await tools.run(jail, PYTHON, "-I", "-c", FORKS, seconds=20)).stdout)
+
+    jail = Jail(61997, processes=8)
+    assert await children(jail) == 7
+    other = await tools.spawn(
+        jail, PYTHON, "-I", "-c", "import signal; print(flush=True); signal.pause()", capture=True
+    )
+    try:
+        assert other.process.stdout is not None
+        await other.process.stdout.readline()
+        assert await children(jail) == 6
+        assert await children(Jail(61996, processes=8)) == 7
+    finally:
+        await other.close()
+
+
+async def test_a_jail_bounds_the_files_that_are_written(tools: Tools, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.fchmod(descriptor, 0o666)
+    write = f"trap '' XFSZ; cat /dev/zero > /proc/self/fd/{descriptor}"
+    try:
+        with pytest.raises(ToolError) as refusal:
+            await tools.run(Jail(61997, file_size=4096), "sh", "-c", write, seconds=20, fds=[descriptor])
+        assert "File too large" in refusal.value.stderr
+        assert os.fstat(descriptor).st_size == 4096
+    finally:
+        os.close(descriptor)

@@ -141,6 +141,12 @@ class Unused:
     def sectors_written(self) -> int:
         raise AssertionError
 
+    def is_freed(self) -> bool:
+        raise AssertionError
+
+    async def freed(self) -> None:
+        raise AssertionError
+
     async def close(self) -> None:
         raise AssertionError
 

@@ -3,8 +3,8 @@
 ``qemu-storage-daemon`` exports the chain, with a throw-away overlay on top, as one regular file through FUSE; loop
 devices over that file carry the volumes. The overlay takes what journal replay writes, so the images stay as they
 are. A disk's ``Attachment`` owns the server; each ``LoopDevice`` owns one loop. Everything here ends with the daemon
-even if it is killed: the server has a parent-death signal, the overlay's tmpfs lies in the daemon's private mount
-namespace, and loops clear themselves.
+even if it is killed: the server has a parent-death signal, the overlay has no name (``workplace``), and loops clear
+themselves. An overlay that is full is an I/O error to whoever writes to the device.
 
 The server has a mount namespace of its own, which holds its export and none of the file systems above it. Were it in
 the daemon's, it could be the last one there after a crash and would have to unmount, while dying, a file system that
@@ -27,11 +27,12 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
-from sendense_restored import errors, linux
+from sendense_restored import errors
 
 from . import image as images
 from .loop import LoopDevice
 from .process import Jail, ToolError, internal
+from .workplace import Workplace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from .process import Child, Tools
     from .threads import Threads
     from .udev import BlockEvents
+
+__all__ = ["REQUIRED_TOOLS", "Attachment", "FuseAttachment", "Workplace"]
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +61,22 @@ REQUIRED_TOOLS: Final = {
     "mkdir": "coreutils",
 }
 
+_FULL = ("No space left", "File too large", "Disk quota exceeded", "image size is too large")
+"""What programs say of ENOSPC, EFBIG and EDQUOT; the last is what qemu-img makes of EFBIG."""
 _MOST_GREETING = 64 << 10  # bytes; QEMU's has a few hundred
 
 # Sub-clusters keep the overlay small: a 4 KiB journal write allocates 4 KiB, not a whole cluster.
 _OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
+# On a disk the length is what is bounded, holes included, and it grows by whole clusters: 2000 scattered writes of
+# 4 KiB make a file of 31 MiB with these options and of 222 MiB with the others, 8 MiB of which are on the disk.
+# Disks may have up to 64 TiB with them.
+_OVERLAY_OPTIONS_ON_DISK = "extended_l2=on,cluster_size=16k"
 
 # Run by the server's process before it becomes QEMU: lets go of the daemon's mounts, whose copies came with the new
-# namespace ($1 and $2 are where they lie), and makes the file $1/$3/$4 that the export is mounted on.
+# namespace ($1 and $2 are where they lie), and makes the file $1/$3/$4 that the export is mounted on. SIGXFSZ is
+# ignored so that a full overlay on a disk is an error (EFBIG) to QEMU and not its end.
 _PREPARE = """
+trap '' XFSZ
 for place in "$1" "$2"; do
     if mountpoint --quiet "$place"; then umount -i -n --lazy "$place"; fi
 done
@@ -99,28 +110,6 @@ class Attachment(Protocol):
 
     def kill(self) -> None:
         """End the image server at once: reads that nobody answers become EIO."""
-
-
-class Workplace:
-    """A mount's own directory: a tmpfs with a size limit for overlays, exports and probe nodes."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self._size = size
-
-    def make(self) -> None:
-        """Create the directory and mount a tmpfs of the given size there. Raises OSError."""
-        self.path.mkdir(mode=0o711)
-        options = f"size={self._size},mode=0711"
-        linux.mount("sendense", self.path, "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, options)
-
-    def close(self) -> None:
-        """Unmount and remove it, as far as it was made. Raises OSError (EBUSY: an export is mounted there)."""
-        if not self.path.exists():
-            return
-        if self.path.is_mount():
-            linux.umount(self.path)
-        self.path.rmdir()
 
 
 class FuseAttachment:
@@ -161,7 +150,7 @@ class FuseAttachment:
     async def _open(self, image: Image, workplace: Workplace, index: int) -> None:
         self.size = image.virtual_size
         export = workplace.path / f"disk-{index}"
-        overlay = await self._make_overlay(workplace.path / f"overlay-{index}")
+        overlay = await self._make_overlay(workplace, index)
         try:
             node: dict[str, object] = {
                 "driver": "qcow2",
@@ -169,7 +158,8 @@ class FuseAttachment:
                 "file": {"driver": "file", "filename": f"/proc/self/fd/{overlay}"},
                 "backing": images.blockdev(image),
             }
-            server = await self._start(node, export, (overlay, *(layer.fd for layer in image.layers)))
+            fds = (overlay, *(layer.fd for layer in image.layers))
+            server = await self._start(node, export, fds, workplace.overlay_limit)
             # From here on QEMU's own locks keep writers out; whoever wrote before that was not kept out by the walk.
             if await self._ask(lambda: images.changed(image), bool):
                 raise errors.BackupNotReady("an image was changed while it was being opened; try again")
@@ -177,27 +167,27 @@ class FuseAttachment:
             os.close(overlay)
         self._export = Path(f"/proc/{server.pid}/root", export.relative_to("/"))
 
-    async def _make_overlay(self, path: Path) -> int:
-        """An empty qcow2 file of the disk's size without a backing name; returns it open, its name removed.
+    async def _make_overlay(self, workplace: Workplace, index: int) -> int:
+        """An empty qcow2 file of the disk's size without a backing name; returns it open.
 
         qemu-img never sees the chain: with ``-b`` it would open whatever the base's header names.
         """
-        overlay = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        options = _OVERLAY_OPTIONS if workplace.overlay_limit is None else _OVERLAY_OPTIONS_ON_DISK
+        overlay = workplace.open_overlay(index)
         try:
-            path.unlink()
             os.fchown(overlay, self._config.attach.server_uid, self._config.attach.server_uid)
             target = f"/proc/self/fd/{overlay}"
             await self._tools.run(
-                Jail(self._config.attach.server_uid),
+                Jail(self._config.attach.server_uid, file_size=workplace.overlay_limit),
                 "qemu-img",
-                *("create", "-q", "-f", "qcow2", "-o", _OVERLAY_OPTIONS, target, str(self.size)),
+                *("create", "-q", "-f", "qcow2", "-o", options, target, str(self.size)),
                 seconds=self._config.attach.timeout,
                 fds=(overlay,),
             )
             os.fchown(overlay, 0, 0)
         except ToolError as error:
             os.close(overlay)
-            if "No space left" in error.stderr:
+            if any(reason in error.stderr for reason in _FULL):
                 raise errors.NoSpace("the overlay does not fit; raise attach.overlay_size") from None
             raise internal("making the overlay", error) from None
         except BaseException:
@@ -205,14 +195,24 @@ class FuseAttachment:
             raise
         return overlay
 
-    async def _start(self, node: dict[str, object], export: Path, fds: Sequence[int]) -> Child:
+    async def _start(
+        self, node: dict[str, object], export: Path, fds: Sequence[int], overlay_limit: int | None
+    ) -> Child:
         ours, theirs = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with ours:
             with theirs:
                 number = theirs.fileno()
                 place = export.parent
                 self._server = await self._tools.spawn(
-                    Jail(0, _SERVER_CAPABILITIES, own_mounts=True, memory=_SERVER_MEMORY, cpu=None, files=4096),
+                    Jail(
+                        uid=0,
+                        capabilities=_SERVER_CAPABILITIES,
+                        own_mounts=True,
+                        memory=_SERVER_MEMORY,
+                        cpu=None,
+                        files=4096,
+                        file_size=overlay_limit,
+                    ),
                     "sh",
                     *("-euc", _PREPARE, "sh", str(place.parent), str(self._config.mounts.directory)),
                     *(place.name, export.name, self._tools.paths["qemu-storage-daemon"]),
@@ -332,6 +332,6 @@ def _refusal(server: Child) -> errors.RestoreError:
     log.error("image server ended while starting: %s", server.stderr)
     if "Failed to get" in server.stderr and "lock" in server.stderr:
         return errors.BackupNotReady("the backup is being written by another program; try again when it is done")
-    if "No space left" in server.stderr:
+    if any(reason in server.stderr for reason in _FULL):
         return errors.NoSpace("the overlay does not fit; raise attach.overlay_size")
     return errors.ImageRefused("QEMU cannot open the image; check the chain with 'qemu-img check'")

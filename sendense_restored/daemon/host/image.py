@@ -72,6 +72,8 @@ class Layer:
     fd: int
     format: Format
     identity: Identity
+    path: str
+    """Relative to the repository, in the text form of ``names``."""
 
 
 class Image:
@@ -128,7 +130,7 @@ def open_chain(repository: Path, top: str, *, depth: int) -> Image:
                 where = root.without_parents(where)
                 fd = _open_file(root, where)
                 descriptors.callback(os.close, fd)
-                layer = Layer(fd, where.format, Identity.of(os.fstat(fd)))
+                layer = Layer(fd, where.format, Identity.of(os.fstat(fd)), where.text)
                 if any(layer.identity[:2] == other.identity[:2] for other in layers):
                     raise errors.ImageRefused(f"{where} is its own backing file: the chain goes in a circle")
                 if not _check_unlocked(fd, where):
@@ -189,8 +191,12 @@ class _Where:
     named_by: _Where | None
 
     @property
+    def text(self) -> str:
+        return names.to_text(os.fsencode(self.path))
+
+    @property
     def shown(self) -> str:
-        return names.displayable(names.to_text(os.fsencode(self.path)))
+        return names.displayable(self.text)
 
     def __str__(self) -> str:
         return f"layer {self.number} of the chain ({self.shown})"

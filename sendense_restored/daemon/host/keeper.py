@@ -35,6 +35,9 @@ class Keeper:
     def __init__(self, child: Child, held: int) -> None:
         self._child = child
         self.held = held
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done, with a reason, when it ended though nobody let it go."""
+        self._watch = asyncio.create_task(self._follow(), name="watch the keeper")
 
     @classmethod
     async def start(cls, tools: Tools) -> Self:
@@ -50,6 +53,11 @@ class Keeper:
             os.close(reading)
         return cls(child, held)
 
+    async def _follow(self) -> None:
+        status = await self._child.wait()
+        if self.held >= 0 and not self.lost.done():
+            self.lost.set_result(f"the process that keeps the mount namespace ended with {status}")
+
     async def close(self) -> None:
         """Let it go; it ends when the last server has ended. May be called again."""
         if self.held >= 0:
@@ -60,3 +68,6 @@ class Keeper:
                 await self._child.wait()
         except TimeoutError:
             log.warning("a child does not end, so the mount namespace stays for now")
+            self._watch.cancel()
+        await asyncio.wait([self._watch])
+        self.lost.cancel()

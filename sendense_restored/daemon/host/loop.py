@@ -52,6 +52,12 @@ class BlockDevice(Protocol):
         ``close`` looks again. It must not be used any more either way.
         """
 
+    def is_freed(self) -> bool:
+        """Whether the kernel has cleared it; a look at sysfs, which waits for nobody."""
+
+    async def freed(self) -> None:
+        """Wait, however long that takes, until the kernel has cleared it: for what ``close`` found busy."""
+
 
 class LoopDevice:
     """A loop device over a part of a file, bound and cleared by us."""
@@ -99,9 +105,16 @@ class LoopDevice:
     def _read(self, attribute: str) -> str:
         return (self._sysfs / attribute).read_text(encoding="ascii").strip()
 
-    def _freed(self) -> bool:
-        """Whether this binding is gone: unbound, or the device bound anew (ABI/testing/sysfs-block, diskseq)."""
-        return not (self._sysfs / "loop").exists() or self._read("diskseq") != self._sequence
+    def is_freed(self) -> bool:
+        """See ``BlockDevice``: unbound, or bound anew (ABI/testing/sysfs-block, diskseq)."""
+        try:
+            return not (self._sysfs / "loop").exists() or self._read("diskseq") != self._sequence
+        except FileNotFoundError:  # between the two looks, the device itself was removed
+            return True
+
+    async def freed(self) -> None:
+        """See ``BlockDevice``."""
+        await self._events.until(self.is_freed, seconds=None)
 
     def drop(self) -> None:
         """Let go of the device; the kernel clears it when nobody else uses it. May be called again."""
@@ -112,5 +125,5 @@ class LoopDevice:
     async def close(self) -> None:
         """Let go of the device and see that the kernel cleared it; see ``BlockDevice``."""
         self.drop()
-        if not await self._events.until(self._freed, seconds=2.0):
+        if not await self._events.until(self.is_freed, seconds=2.0):
             raise errors.Busy(f"{self.path.name} is still in use; it is freed when its last user lets go")

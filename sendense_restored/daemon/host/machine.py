@@ -6,23 +6,27 @@ command line and the sessions themselves put a simulator with the same methods h
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import stat
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar
+from weakref import WeakSet
 
 from sendense_restored import errors, linux
 
-from . import attach, filesystem, image, keeper, volumes
-from .attach import FuseAttachment, Workplace
+from . import attach, filesystem, holders, image, keeper, leftovers, resources, shell, volumes
+from .attach import FuseAttachment
 from .keeper import Keeper
 from .process import Tools
 from .readers import Readers
+from .resources import Resources
 from .threads import Threads
+from .workplace import Workplace, remove_forgotten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
     from typing import Literal
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from .attach import Attachment
     from .filesystem import Mounted
+    from .holders import Holding
     from .image import Image
     from .loop import BlockDevice
     from .readers import Reader
@@ -40,7 +45,13 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_REQUIRED = {**keeper.REQUIRED_TOOLS, **attach.REQUIRED_TOOLS, **volumes.REQUIRED_TOOLS, **filesystem.REQUIRED_TOOLS}
+_REQUIRED = {
+    **keeper.REQUIRED_TOOLS,
+    **attach.REQUIRED_TOOLS,
+    **volumes.REQUIRED_TOOLS,
+    **filesystem.REQUIRED_TOOLS,
+    **shell.REQUIRED_TOOLS,
+}
 
 
 class Machine:
@@ -53,20 +64,68 @@ class Machine:
         self._tools = replace(tools, held=keeping.held)
         self._readers = Readers(self._tools, config)
         self._threads = Threads()
+        # Those of mounts that are gone leave by themselves; their own way to end is ``close``.
+        self._workplaces: WeakSet[Workplace] = WeakSet()
+        self._shells = shell.Shells(self._tools, config.mounts.directory)
+        self.lost = keeping.lost
+        """Done, with a reason, when the daemon cannot go on and must be started anew."""
 
     @classmethod
     async def start(cls, config: Config, events: BlockEvents) -> Self:
         """Find the programs and start what watches over the mount namespace. Raises process.ToolMissingError."""
-        tools = Tools.find(_REQUIRED, filesystem.OPTIONAL_TOOLS)
+        tools = Tools.find(_REQUIRED, (*filesystem.OPTIONAL_TOOLS, *shell.OPTIONAL_TOOLS))
         return cls(config, events, tools, await Keeper.start(tools))
 
     async def close(self) -> None:
         """End what ``start`` started; everything else must be closed before."""
+        await self._shells.close()
         await self._keeper.close()
+
+    def check_room(self, disks: int) -> None:
+        """See whether there is enough for a mount of so many disks. Raises NoSpace or LimitReached."""
+        resources.check_room(
+            disks,
+            depth=self._config.image.chain_depth,
+            uids_free=self._readers.uids_free,
+            overlay_dir=self._config.attach.overlay_dir,
+        )
+
+    async def resources(self) -> Resources:
+        """What is used and what there is."""
+        overlays = [workplace.used() for workplace in self._workplaces]
+        used, most = (sum(sizes) for sizes in zip((0, 0), *overlays, strict=True))
+        return Resources(
+            memory=await asyncio.to_thread(resources.memory, os.getpid()),
+            available_memory=resources.available_memory(),
+            open_fds=resources.open_fds(),
+            fds_limit=resources.fds_limit(),
+            overlay_used=used,
+            overlay_limit=most,
+            uids_free=self._readers.uids_free,
+        )
+
+    async def holders(self, mount_ids: Collection[int]) -> list[Holding]:
+        """Who outside has files of these mounts open."""
+        ours = {os.getpid(), *self._readers.pids}
+        return await asyncio.to_thread(lambda: holders.holders(mount_ids, exclude=ours))
+
+    def sweep(self, live: Collection[str]) -> list[str]:
+        """Take away what belongs to no mount of ``live``, at once; sentences about what was found."""
+        said = leftovers.sweep(self._config.paths.runtime, self._config.mounts.directory, live)
+        if self._config.attach.overlay_dir is not None:
+            try:
+                owners = {0, self._config.attach.server_uid}
+                said += remove_forgotten(self._config.attach.overlay_dir, live, owners)
+            except OSError as error:
+                said.append(f"attach.overlay_dir cannot be looked through: {error}")
+        return said
 
     def workplace(self, mount_id: str) -> Workplace:
         """The mount's own directory; nothing is made yet."""
-        return Workplace(self._config.paths.runtime / mount_id, self._config.attach.overlay_size)
+        attach = self._config.attach
+        workplace = Workplace(self._config.paths.runtime / mount_id, attach.overlay_size, attach.overlay_dir)
+        self._workplaces.add(workplace)
+        return workplace
 
     def mount_path(self, mount_id: str) -> Path:
         """The directory that the volumes are mounted below."""
@@ -128,6 +187,10 @@ class Machine:
         """Mount a volume; see ``filesystem.mount``."""
         return await filesystem.mount(self._tools, self._config, volume, device, where, journal=journal)
 
+    async def shell(self, terminal: int, *, term: str = "") -> int:
+        """Run a root shell where the mounts are; see ``shell.Shells.run``."""
+        return await self._shells.run(terminal, term=term)
+
     async def start_reader(self, mount_id: str) -> Reader:
         """Start the process that will touch the mount's files."""
         return await self._readers.start(mount_id)
@@ -147,4 +210,4 @@ def enter_private_namespace(config: Config) -> None:
     # where the guests' files are.
     for directory, mode in ((config.paths.runtime, "0711"), (config.mounts.directory, "0700")):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        linux.mount("sendense", directory, "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, f"size=4m,mode={mode}")
+        linux.mount(leftovers.SOURCE, directory, "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, f"size=4m,mode={mode}")

@@ -59,10 +59,14 @@ def _unescaped(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
+def current() -> tuple[Mount, ...]:
+    """All that is mounted now."""
+    return parse(_FILE.read_text(encoding="utf-8", errors="surrogateescape"))
+
+
 def mounted_on(path: Path) -> Mount | None:
     """What is mounted on ``path`` now, the uppermost if several are."""
-    text = _FILE.read_text(encoding="utf-8", errors="surrogateescape")
-    return next((mount for mount in reversed(parse(text)) if mount.path == str(path)), None)
+    return next((mount for mount in reversed(current()) if mount.path == str(path)), None)
 
 
 class Watch:

@@ -31,6 +31,15 @@ DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "util-linux", "sh": "dash"}
 # $0 is the daemon's process id: go on only if that is still the parent.
 _WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
+# The first process of a namespace is safe from most signals and has to wait for orphans; no program expects to be it.
+# What this shell would say of one that a signal has ended goes nowhere, its status tells.
+_FIRST = '{ "$@"; } 2>/dev/null; exit $?'
+# A session without a terminal gets the one that it opens, unless that has a session; taking it away from one, as root
+# may (TIOCSCTTY), would leave its programs without.
+_ON_TERMINAL = """exec <>/proc/self/fd/0 >&0 2>&0
+(: </dev/tty) 2>/dev/null && exec "$@"
+echo 'sendense-restored: this terminal cannot be had, another session has it; make a new one' >&2
+exit 126"""
 _MOST_OUTPUT = 4 << 20
 # A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
 _GRACE = 5.0
@@ -62,7 +71,10 @@ class Jail:
 
     ``uid`` also is the gid, with no supplementary groups; ``capabilities`` are lower-case names without ``cap_``,
     and are inheritable, ambient (if ``uid`` is not 0) and the whole bounding set. ``memory`` is RLIMIT_DATA in
-    bytes, ``cpu`` is RLIMIT_CPU in seconds, None is unlimited (for servers).
+    bytes, ``cpu`` is RLIMIT_CPU in seconds, None is unlimited (for servers). ``processes`` is RLIMIT_NPROC: the
+    kernel counts the processes and threads that a uid has in all its jails together, so a uid that many jails share
+    needs room for all of them. It does not hold root; a program that starts as root and takes a uid of its own (a
+    reader) is held by it from then on.
     """
 
     uid: int
@@ -74,6 +86,10 @@ class Jail:
     memory: int = 512 << 20
     cpu: int | None = 60
     files: int = 256
+    processes: int = 512
+    file_size: int | None = None
+    """The most bytes that a file may have which it writes to (RLIMIT_FSIZE). Beyond that, SIGXFSZ ends a program that
+    does not ignore it."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +141,11 @@ class Tools:
         # First of all, so that the daemon's death never leaves it behind. A change of uid clears the signal, and
         # setpriv sets it again: whoever lost the daemon in between is stopped by the last link of the chain.
         command = [self.paths["setpriv"], "--pdeathsig=KILL", "--"]
-        limits = [f"--data={jail.memory}", f"--nofile={jail.files}", "--core=0"]
+        limits = [f"--data={jail.memory}", f"--nofile={jail.files}", f"--nproc={jail.processes}", "--core=0"]
         if jail.cpu is not None:
             limits.append(f"--cpu={jail.cpu}")
+        if jail.file_size is not None:
+            limits.append(f"--fsize={jail.file_size}")
         command += [self.paths["prlimit"], *limits, "--"]
         spaces = [] if jail.network else ["--net"]
         if jail.own_mounts:
@@ -192,6 +210,29 @@ class Tools:
         # in the mount namespace where all guests' files are.
         command += ["--clear-groups", "--", self.paths[name], *arguments]
         return await _spawn(command, name, (), capture=False, environment=None, stdin=stdin)
+
+    async def spawn_shell(
+        self, name: str, *arguments: str, terminal: int, directory: Path, environment: Mapping[str, str]
+    ) -> Child:
+        """Start the one program that is in no jail (``shell``), on ``terminal``, in ``directory``. Raises OSError.
+
+        The child is a guard that ends as the program does. The program leads a session on ``terminal`` and is in a
+        process namespace: when it or the guard ends, the kernel kills all that it has started.
+        """
+        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", self.paths["sh"], "-c", _WITH_PARENT]
+        command += [str(os.getpid()), self.paths["unshare"], "--pid", "--fork", "--kill-child=KILL", "--"]
+        command += [self.paths["sh"], "-c", _FIRST, "sh", self.paths["setsid"]]
+        command += [self.paths["sh"], "-c", _ON_TERMINAL, "sh", self.paths[name], *arguments]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=terminal,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,  # of the guard; the program has the terminal for all three
+            cwd=directory,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        return Child(Path(name).name, process)
 
 
 async def _spawn(
@@ -282,6 +323,11 @@ class Child:
     async def wait(self) -> int:
         """Its exit status, negative for a signal (as subprocess has it). Cancelling does not touch the program."""
         return await asyncio.shield(self._ended)
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Wait for its end, but so many seconds at most; whether it has ended."""
+        await asyncio.wait({self._ended}, timeout=seconds)
+        return self.ended
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""

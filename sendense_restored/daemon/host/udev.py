@@ -38,7 +38,7 @@ class BlockEvents:
         asyncio.get_running_loop().add_reader(self._monitor.fileno(), self._drain)
 
     def close(self) -> None:
-        """Stop listening; may be called again. Whoever still waits runs into its own deadline."""
+        """Stop listening; may be called again. Whoever still waits runs into its own deadline, if it has one."""
         if self._monitor is not None:
             asyncio.get_running_loop().remove_reader(self._monitor.fileno())
             self._monitor = None  # pyudev closes the socket with its last reference, and in no other way
@@ -52,8 +52,11 @@ class BlockEvents:
         for event in self._waiting:
             event.set()
 
-    async def until(self, condition: Callable[[], bool], *, seconds: float) -> bool:
-        """Wait until ``condition()`` is true, asking at once and after each event; False if time ran out."""
+    async def until(self, condition: Callable[[], bool], *, seconds: float | None) -> bool:
+        """Wait until ``condition()`` is true, asking at once and after each event; False if time ran out.
+
+        Without ``seconds`` it waits as long as it takes.
+        """
         event = asyncio.Event()
         self._waiting.add(event)
         try:
