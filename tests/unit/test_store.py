@@ -19,6 +19,7 @@ from sendense_restored.daemon.store import (
     Backup,
     ClaimRow,
     DiskFile,
+    Event,
     Found,
     FoundBackup,
     MountRow,
@@ -26,11 +27,12 @@ from sendense_restored.daemon.store import (
     Problem,
     ScanResult,
     Store,
+    Vm,
 )
 from sendense_restored.daemon.store.catalogue import decode_cursor, encode_cursor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
 NOON = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -269,12 +271,30 @@ async def test_unknown_ids_are_not_found(store: Store) -> None:
             await call
 
 
-async def test_a_mounted_backup_stays(store: Store) -> None:
+@pytest.mark.parametrize("status", [MountStatus.MOUNTING, MountStatus.MOUNTED])
+async def test_a_mounted_backup_stays(store: Store, status: MountStatus) -> None:
     await add(store, "b1")
-    await store.insert_mount(mount(status=MountStatus.FAILED))
-    with pytest.raises(errors.Busy):
-        await store.remove_backup("b1")
+    await store.insert_mount(mount(status=status))
+    for removing in (store.remove_backup("b1"), store.remove_repository("main")):
+        with pytest.raises(errors.Busy):
+            await removing
     assert (await store.backup("b1")).id == "b1"
+
+
+@pytest.mark.parametrize("status", [MountStatus.FAILED, MountStatus.UNMOUNTING])
+async def test_a_mount_that_failed_or_ends_holds_nothing_back(store: Store, status: MountStatus) -> None:
+    (backup_id,) = (await store.record_scan("main", scan_of(found("a")))).added
+    await add(store, "b1")
+    for number, mounted in enumerate((backup_id, "b1")):
+        await store.insert_mount(mount(f"m{number}", mounted, status=status))
+    await store.remove_backup("b1")
+    problem = Problem("elsewhere", "cannot be read")
+    assert (await store.record_scan("main", scan_of(problems=(problem,)))).gone == (backup_id,)
+    assert await store.mount_rows() == []
+    await add(store, "b1")
+    await store.insert_mount(mount(status=status))
+    await store.remove_repository("main")
+    assert await store.mount_rows() == []
 
 
 # Lists
@@ -353,6 +373,69 @@ def test_a_cursor_reads_back(created_at: datetime, backup_id: str) -> None:
 async def test_a_bad_cursor_is_refused_by_the_list(store: Store) -> None:
     with pytest.raises(errors.InvalidOption, match="cursor"):
         await store.backups(cursor="MjAyNS0wMS0wMQ")
+
+
+async def test_machines_are_listed_by_name_with_their_newest_backup(store: Store) -> None:
+    await store.add_repository("Other", "/srv/other")
+    assert await store.vms() == ([], "")
+    await add(store, "w1", created_at=NOON)
+    await add(store, "w2", created_at=NOON + timedelta(hours=2))
+    await store.add_backup("other", "web", [DISK], backup_id="w3", created_at=NOON + timedelta(hours=1))
+    # Of the same moment: the one that the list of backups shows first.
+    await add(store, "d1", vm_name="db", created_at=NOON + timedelta(hours=2))
+    await store.add_backup(
+        "other", "db", [replace(DISK, path="db/x.qcow2")], backup_id="d2", created_at=NOON + timedelta(hours=2)
+    )
+    assert await store.vms() == (
+        [
+            Vm("db", "db", "other", 2, NOON + timedelta(hours=2)),
+            Vm("web", "web", "main", 3, NOON + timedelta(hours=2)),
+        ],
+        "",
+    )
+    await store.remove_backup("w2")
+    assert (await store.vms())[0][1] == Vm("web", "web", "other", 2, NOON + timedelta(hours=1))
+
+
+async def test_pages_of_machines_are_complete_whatever_their_names(store: Store) -> None:
+    names = sorted(["a", "A", "ä", "b:c", "vm:x", "%", "x" * 255, "0", "🙂", "\uef80"])
+    for number, name in enumerate(names):
+        await add(store, f"b{number}", vm_name=name, disks=[DiskFile(0, f"v/{number}", 1)])
+    for limit in (1, 3, 9, 10, 1000):
+        seen: list[str] = []
+        cursor = ""
+        for _ in names:
+            page, cursor = await store.vms(limit, cursor)
+            seen += [vm.vm_name for vm in page]
+            if not cursor:
+                break
+            assert len(page) == limit
+        assert seen == names
+
+
+async def test_a_cursor_is_good_for_its_own_list_only(store: Store) -> None:
+    for number in range(3):
+        await add(store, f"b{number}", vm_name=f"vm{number}")
+    await store.add_events([Event(NOON, "mounted")] * 3)
+    lists: list[Callable[..., Awaitable[tuple[Any, str]]]] = [store.backups, store.vms, store.events]
+    cursors = [(await each(limit=2))[1] for each in lists]
+    for place, list_ in enumerate(lists):
+        for foreign in (*cursors[:place], *cursors[place + 1 :], "x", "%%", "ZXZlbnQ6LTE", "ZXZlbnQ6MXgK", "dm0"):
+            with pytest.raises(errors.InvalidOption, match="cursor"):
+                await list_(cursor=foreign)
+        for limit in (0, -1, 1001):
+            with pytest.raises(errors.InvalidOption, match="1000"):
+                await list_(limit=limit)
+
+
+async def test_ids_that_are_still_there_are_told_from_others(store: Store) -> None:
+    await add(store, "b1")
+    await add(store, "b2")
+    assert await store.backup_ids([]) == set()
+    assert await store.backup_ids(["b2", "b2", "gone", *(f"x{number}" for number in range(3000)), "b1"]) == {
+        "b1",
+        "b2",
+    }
 
 
 # Scans
@@ -508,11 +591,13 @@ async def test_a_mount_that_is_gone_says_so(store: Store) -> None:
 async def test_claims_are_put_replaced_and_deleted(store: Store) -> None:
     await add(store, "b1")
     await store.insert_mount(mount())
-    first, second = ClaimRow("m1", 1000, "", NOON, NOON), ClaimRow("m1", 1000, "alice", NOON + timedelta(1), NOON)
+    first = ClaimRow("m1", 1000, "", NOON, NOON, 60.0)
+    second = ClaimRow("m1", 1000, "alice", NOON + timedelta(1), NOON, 86400.5)
     for claim in (second, first):
         await store.put_claim(claim)
     assert await store.claims("m1") == [first, second]
-    for later in (replace(first, expires_at=None), replace(first, expires_at=NOON + timedelta(hours=2))):
+    two = NOON + timedelta(hours=2)
+    for later in (replace(first, expires_at=None), replace(first, expires_at=two, timeout=90.0)):
         await store.put_claim(later)
         assert await store.claims("m1") == [later, second]
     assert await store.delete_claim("m1", 1000)
@@ -538,6 +623,149 @@ async def test_claims_end_with_their_mount_and_mounts_with_their_backup(
     raw.execute("DELETE FROM backup_jobs WHERE id = 'b1'")  # the appliance's own housekeeping
     assert await store.mount_rows() == []
     assert await store.claims("m1") == []
+
+
+async def test_what_is_wished_comes_with_its_claims_the_oldest_first(store: Store) -> None:
+    assert await store.wished() == []
+    await add(store, "b1")
+    rows = [mount(f"m{number}", created_at=NOON - timedelta(hours=number)) for number in range(3)]
+    for row in rows:
+        await store.insert_mount(row)
+    claims = [ClaimRow("m0", uid, "", NOON - timedelta(hours=uid), None, 60.0 * uid) for uid in (1, 2)]
+    other = ClaimRow("m2", 1, "alice", NOON, NOON)
+    for claim in (*claims, other):
+        await store.put_claim(claim)
+    assert await store.wished() == [(rows[2], (other,)), (rows[1], ()), (rows[0], (claims[1], claims[0]))]
+
+
+async def test_a_mount_is_written_down_with_its_claims_or_not_at_all(store: Store) -> None:
+    await add(store, "b1")
+    claims = (ClaimRow("m1", 7, "", NOON, NOON, 60.0), ClaimRow("m1", 8, "alice", NOON, None, 90.0))
+    await store.insert_mount(mount(), claims)
+    assert await store.wished() == [(mount(), claims)]
+    with pytest.raises(errors.MountNotFound):
+        await store.insert_mount(mount("m2"), [replace(claims[0], mount_id="m3")])
+    assert await store.wished() == [(mount(), claims)]
+
+
+async def test_a_mount_is_renewed_with_the_claims_that_are_given(store: Store) -> None:
+    await add(store, "b1")
+    for mount_id in ("m1", "m2"):
+        await store.insert_mount(mount(mount_id, resume_attempts=1))
+    claims = [ClaimRow(mount_id, 7, behalf, NOON, NOON, 60.0) for mount_id in ("m1", "m2") for behalf in ("", "a")]
+    for claim in claims:
+        await store.put_claim(claim)
+    used, end = NOON + timedelta(minutes=1), NOON + timedelta(hours=5)
+    renewed = replace(claims[1], expires_at=end, timeout=1.0)
+    unwritten = replace(claims[1], uid=8)  # it could not be written when it was given
+    await store.renew("m1", used, end, [renewed, unwritten])  # and the first one not struck out when it was dropped
+    assert await store.claims("m1") == [renewed, unwritten]
+    assert await store.claims("m2") == claims[2:]
+    changed = mount("m1", resume_attempts=1, last_accessed_at=used, expires_at=end)
+    assert await store.mount_rows() == [changed, mount("m2", resume_attempts=1)]
+    await store.renew("m1", used, None, [])
+    assert (await store.mount_rows())[0] == replace(changed, expires_at=None)
+    assert await store.claims("m1") == []
+
+
+async def test_a_mount_that_is_gone_is_not_renewed(store: Store) -> None:
+    with pytest.raises(errors.MountNotFound):
+        await store.renew("m1", NOON, NOON, [ClaimRow("m1", 7, "", NOON, NOON)])
+    assert await store.claims("m1") == []
+
+
+# What happened
+
+
+def event(number: int, **columns: Any) -> Event:  # noqa: ANN401  # those of Event
+    return replace(Event(NOON + timedelta(seconds=number), "mounted", uid=number), **columns)
+
+
+async def test_an_event_reads_back(store: Store) -> None:
+    full = Event(
+        at=NOON,
+        what="opened",
+        outcome="Unreadable",
+        uid=2**32 - 2,
+        unit="restore-gui.service",
+        on_behalf_of="alice@example.org",
+        mount_id="4e5b0c1e-0000-4000-8000-000000000000",
+        backup_id="b1",
+        path="/partition-1/\uefff/" + "x" * 12000,
+        detail="line\nline",
+        bytes=2**63 - 1,
+        size=0,
+    )
+    await store.add_events([])
+    await store.add_events([full, Event(NOON, "swept")])
+    (swept, opened), cursor = await store.events()
+    assert cursor == ""
+    assert (opened, swept) == (replace(full, id=opened.id), Event(NOON, "swept", id=swept.id))
+    assert 0 < opened.id < swept.id
+
+
+async def test_events_come_newest_first_in_the_order_of_writing(store: Store) -> None:
+    # The wall clock was set back meanwhile: what was written later is newer all the same.
+    await store.add_events([event(10), event(11)])
+    await store.add_events([event(number) for number in range(5)])
+    assert [one.uid for one in (await store.events())[0]] == [4, 3, 2, 1, 0, 11, 10]
+
+
+async def test_pages_of_events_stand_still_while_others_come(store: Store) -> None:
+    await store.add_events([event(number, mount_id="even" if number % 2 == 0 else "odd") for number in range(1000)])
+    for mount_id, wanted in (("even", range(998, -1, -2)), ("", ()), (None, range(999, -1, -1))):
+        seen: list[int | None] = []
+        cursor = ""
+        for _ in range(1000):
+            page, cursor = await store.events(limit=99, cursor=cursor, mount_id=mount_id)
+            seen += [one.uid for one in page]
+            if not cursor:
+                break
+            assert len(page) == 99
+            await store.add_events([event(-1, mount_id="new")])
+        assert [uid for uid in seen if uid != -1] == list(wanted)
+        assert -1 not in seen[99:]  # what came after the first page is on none
+
+
+async def test_the_history_is_bounded_by_number_and_by_age(store: Store) -> None:
+    await store.add_events([event(number) for number in range(20)])
+
+    async def left() -> list[int | None]:
+        return [one.uid for one in (await store.events())[0]]
+
+    assert await store.trim_events(100, NOON) == 0
+    assert await store.trim_events(20, NOON + timedelta(seconds=5)) == 5  # what is exactly so old stays
+    assert await left() == [*range(19, 4, -1)]
+    assert await store.trim_events(3, NOON) == 12
+    assert await left() == [19, 18, 17]
+    assert await store.trim_events(3, NOON + timedelta(days=1)) == 3
+    assert await left() == []
+    assert await store.trim_events(3, NOON + timedelta(days=1)) == 0
+
+
+async def test_mounts_that_ended_are_known_with_their_reason(store: Store) -> None:
+    await store.add_events(
+        [
+            event(0, what="ended", mount_id="early", detail="expired"),
+            event(1, what="ended", mount_id="m1", detail="expired"),
+            event(2, what="ended", mount_id="m2", detail="failed"),
+            event(3, what="mounted", mount_id="m3"),
+            event(4, what="ended", mount_id="m2", detail="gone"),
+        ]
+    )
+    assert await store.ended_mounts(NOON + timedelta(seconds=1)) == {
+        "m1": (NOON + timedelta(seconds=1), "expired"),
+        "m2": (NOON + timedelta(seconds=4), "gone"),
+    }
+
+
+async def test_events_outlive_mount_and_backup(store: Store) -> None:
+    await add(store, "b1")
+    await store.insert_mount(mount())
+    await store.add_events([event(0, mount_id="m1", backup_id="b1")])
+    await store.delete_mount("m1")
+    await store.remove_backup("b1")
+    assert [one.mount_id for one in (await store.events(mount_id="m1"))[0]] == ["m1"]
 
 
 @pytest.mark.parametrize(

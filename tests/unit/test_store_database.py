@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ import peewee
 import pytest
 
 from sendense_restored import errors
-from sendense_restored.daemon.store import DiskFile, Store, StoreError
+from sendense_restored.daemon.store import ClaimRow, DiskFile, Store, StoreError
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.migrations import MARKER, MIGRATIONS, Migration, migrate
 from sendense_restored.daemon.store.models import MODELS, BackupJob, bind_to_thread, to_stored
@@ -205,6 +206,36 @@ def test_every_earlier_version_becomes_the_last(tmp_path: Path, earlier: int) ->
     migrate_file(straight, *MIGRATIONS)
     assert versions(path) == [migration.version for migration in MIGRATIONS]
     assert shape(path) == shape(straight)
+
+
+async def test_the_rows_of_version_1_are_kept_and_its_claims_get_a_timeout(url: str, path: Path) -> None:
+    path.parent.mkdir()
+    migrate_file(path, *MIGRATIONS[:1])
+    moment = "2025-03-01 12:00:00.000000"
+    execute(
+        path,
+        """INSERT INTO backup_repositories VALUES ('main', 'Main', 'local', 1, '{"path": "/srv"}', 0)""",
+        f"""INSERT INTO backup_jobs VALUES
+            ('b1', 'web', 'main', 'full', 'completed', '/srv', NULL, 1, 1, '{moment}', NULL, NULL)""",
+        "INSERT INTO backup_disks VALUES (5, 'b1', 0, 'a.qcow2', 1.0, 'completed')",
+        f"""INSERT INTO restore_mounts VALUES ('m1', 'b1', 5, 0, '/mnt/m1', '/dev/loop0', 'ext4', 'read-only',
+            'mounted', '', '{moment}', '{moment}', NULL, 'replay', 1, '{{}}')""",
+        f"INSERT INTO restore_claims VALUES ('m1', 1000, 'alice', '{moment}', NULL)",
+    )
+    noon = datetime(2025, 3, 1, 12, tzinfo=UTC)
+    async with await Store.open(url) as store:
+        ((row, claims),) = await store.wished()
+        assert (row.id, row.backup_disk_id, row.nbd_device, row.resume_attempts) == ("m1", 5, "/dev/loop0", 1)
+        assert claims == (ClaimRow("m1", 1000, "alice", noon, None, 3600.0),)
+        assert [disk.size for disk in (await store.backup("b1")).disks] == [1 << 30]
+        assert await store.events() == ([], "")
+    assert versions(path) == [migration.version for migration in MIGRATIONS]
+
+
+def test_the_first_step_stays_as_it_was_released() -> None:
+    """Databases of version 1 hold what it made; a change of it would be a new step."""
+    digest = hashlib.sha256("\0".join(MIGRATIONS[0].statements).encode()).hexdigest()
+    assert digest == "934d3aa5aaa6ecfcaba2c4baeeebeee6a33583e27f00352b8f189cba4e5f4572"
 
 
 async def test_a_next_step_keeps_the_rows_and_is_applied_once(url: str, path: Path) -> None:

@@ -6,8 +6,6 @@ function touches a repository's files: storage that hangs must not stop the stor
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import logging
@@ -17,10 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+import peewee
+
 from sendense_restored.errors import BackupNotFound, Busy, CatalogUnavailable, InvalidOption
 
+from . import cursors
 from .models import TIME_FORMAT, BackupDiskRow, BackupJob, BackupRepository, RestoreMount, to_stored
-from .records import Backup, BackupDisk, DiskFile, Repository
+from .records import Backup, BackupDisk, DiskFile, MountStatus, Repository, Vm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MOST_PER_PAGE = 1000
 _GIB = 1 << 30
 _LARGEST = 2**63 - 1
+_VM = "vm:"
+_IDS_AT_ONCE = 500
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 
 
@@ -83,8 +86,7 @@ def backups(
     vm_name: str | None, status: str | None, repository_id: str | None, limit: int, cursor: str
 ) -> tuple[list[Backup], str]:
     """A page of backups, newest first, and the cursor of the next (``""`` at the end). Raises InvalidOption."""
-    if not 1 <= limit <= MOST_PER_PAGE:
-        raise InvalidOption(f"limit must be from 1 to {MOST_PER_PAGE}")
+    check_limit(limit)
     query = BackupJob.select()
     for column, wanted in (
         (BackupJob.vm_name, vm_name),
@@ -103,22 +105,60 @@ def backups(
     return page, encode_cursor(page[-1].created_at, page[-1].id) if len(rows) > limit else ""
 
 
+def check_limit(limit: int) -> None:
+    """Raises InvalidOption if a page cannot be that long."""
+    if not 1 <= limit <= MOST_PER_PAGE:
+        raise InvalidOption(f"limit must be from 1 to {MOST_PER_PAGE}")
+
+
 def encode_cursor(created_at: datetime, backup_id: str) -> str:
     """The text that stands for a place in the list of backups."""
-    return base64.urlsafe_b64encode(f"{to_stored(created_at)}|{backup_id}".encode()).decode().rstrip("=")
+    return cursors.encode(f"{to_stored(created_at)}|{backup_id}")
 
 
 def decode_cursor(cursor: str) -> tuple[datetime, str]:
     """The inverse of ``encode_cursor``. Raises InvalidOption for any text that did not come from it."""
+    moment, separator, backup_id = cursors.decode(cursor, "backups").partition("|")
     try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-        moment, separator, backup_id = text.partition("|")
         created_at = datetime.strptime(moment, TIME_FORMAT).replace(tzinfo=UTC)
-    except (ValueError, binascii.Error):
-        raise InvalidOption("this is no cursor of the list of backups; begin again without one") from None
+    except ValueError:
+        raise cursors.foreign("backups") from None
     if not separator or encode_cursor(created_at, backup_id) != cursor:
-        raise InvalidOption("this is no cursor of the list of backups; begin again without one")
+        raise cursors.foreign("backups")
     return created_at, backup_id
+
+
+def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
+    """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
+    check_limit(limit)
+    counted = BackupJob.select(BackupJob.vm_name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
+    if cursor:
+        place = cursors.decode(cursor, "virtual machines")
+        if not place.startswith(_VM):
+            raise cursors.foreign("virtual machines")
+        counted = counted.where(BackupJob.vm_name > place.removeprefix(_VM))
+    rows = list(counted.group_by(BackupJob.vm_name).order_by(BackupJob.vm_name).limit(limit + 1).tuples())
+    page = rows[:limit]
+    names = [name for name, _, _ in page]
+    # Of backups of the same moment the one with the last id is the newest, as in the list of backups.
+    candidates = (
+        BackupJob.select(BackupJob.vm_name, BackupJob.repository, BackupJob.created_at)
+        .where(BackupJob.vm_name.in_(names) & BackupJob.created_at.in_({moment for _, _, moment in page}))
+        .order_by(BackupJob.created_at, BackupJob.id)
+    )
+    newest = {row.vm_name: row for row in candidates}
+    found = [Vm(name, name, newest[name].repository_id, count, newest[name].created_at) for name, count, _ in page]
+    return found, cursors.encode(_VM + names[-1]) if len(rows) > limit else ""
+
+
+def backup_ids(wanted: Iterable[str]) -> set[str]:
+    """Those of the ids that are in the catalogue."""
+    ids = sorted(set(wanted))
+    return {
+        row[0]
+        for start in range(0, len(ids), _IDS_AT_ONCE)
+        for row in BackupJob.select(BackupJob.id).where(BackupJob.id.in_(ids[start : start + _IDS_AT_ONCE])).tuples()
+    }
 
 
 def with_disks(rows: Sequence[BackupJob]) -> list[Backup]:
@@ -184,8 +224,7 @@ def add_repository(name: str, path: str, type_: str, *, immutable: bool) -> Repo
 
 def remove_repository(repository_id: str) -> None:
     """Take a repository and its backups out of the catalogue; no file is touched. Raises BackupNotFound and Busy."""
-    mounted = RestoreMount.select().join(BackupJob).where(BackupJob.repository == repository_id)
-    if mounted.exists():
+    if mounted().join(BackupJob).where(BackupJob.repository == repository_id).exists():
         raise Busy("backups of this repository are mounted; unmount them first")
     if not BackupRepository.delete().where(BackupRepository.id == repository_id).execute():
         raise BackupNotFound(
@@ -258,12 +297,17 @@ def put_backup(backup_id: str, files: Iterable[DiskFile], **columns: object) -> 
 def remove_backup(backup_id: str) -> None:
     """Take a backup out of the catalogue; no file is touched. Raises BackupNotFound, Busy and InvalidOption."""
     backup(backup_id)
-    if RestoreMount.select().where(RestoreMount.backup == backup_id).exists():
+    if mounted().where(RestoreMount.backup == backup_id).exists():
         raise Busy("the backup is mounted; unmount it first")
     child = BackupJob.get_or_none(BackupJob.parent_backup == backup_id)
     if child is not None:
         raise InvalidOption(f"backup {child.id!r} builds on this one; remove that one first")
     BackupJob.delete().where(BackupJob.id == backup_id).execute()
+
+
+def mounted() -> peewee.ModelSelect:
+    """The rows of mounts that are there, or soon will be. Those that failed or end hold no backup back."""
+    return RestoreMount.select().where(RestoreMount.status.in_([MountStatus.MOUNTING, MountStatus.MOUNTED]))
 
 
 def slug(text: str, longest: int) -> str:

@@ -123,6 +123,31 @@ MIGRATIONS = (
             )""",
         ),
     ),
+    Migration(
+        2,
+        "history, and each claim's own timeout",
+        (
+            # No foreign keys: an event outlives what it tells of.
+            """CREATE TABLE restore_events (
+                id INTEGER NOT NULL PRIMARY KEY,
+                at DATETIME NOT NULL,
+                what VARCHAR(32) NOT NULL,
+                outcome VARCHAR(64) NOT NULL,
+                uid BIGINT,
+                unit VARCHAR(255) NOT NULL,
+                on_behalf_of VARCHAR(255) NOT NULL,
+                mount_id VARCHAR(36) NOT NULL,
+                backup_id VARCHAR(64) NOT NULL,
+                path TEXT NOT NULL,
+                detail TEXT NOT NULL,
+                bytes BIGINT,
+                size BIGINT
+            )""",
+            "CREATE INDEX restore_events_at ON restore_events (at)",
+            "CREATE INDEX restore_events_mount ON restore_events (mount_id)",
+            "ALTER TABLE restore_claims ADD COLUMN idle_timeout REAL NOT NULL DEFAULT 3600",
+        ),
+    ),
 )
 
 

@@ -186,6 +186,7 @@ class RestoreClaim(_Row):
     on_behalf_of = peewee.CharField(255)
     since = MomentField()
     expires_at = MomentField(null=True)
+    idle_timeout = peewee.DoubleField()
 
     class Meta:
         """Its name and key."""
@@ -194,4 +195,27 @@ class RestoreClaim(_Row):
         primary_key = peewee.CompositeKey("mount", "uid", "on_behalf_of")
 
 
-MODELS = (BackupRepository, BackupJob, BackupDiskRow, RestoreMount, RestoreClaim)
+class RestoreEvent(_Row):
+    """What happened. Ids grow in the order of writing."""
+
+    id = peewee.BigAutoField()
+    at = MomentField(index=True)
+    what = peewee.CharField(32)
+    outcome = peewee.CharField(64)
+    uid = peewee.BigIntegerField(null=True)
+    unit = peewee.CharField(255)
+    on_behalf_of = peewee.CharField(255)
+    mount_id = peewee.CharField(36, index=True)
+    backup_id = peewee.CharField(64)
+    path = peewee.TextField()
+    detail = peewee.TextField()
+    bytes = peewee.BigIntegerField(null=True)
+    size = peewee.BigIntegerField(null=True)
+
+    class Meta:
+        """Its name."""
+
+        table_name = "restore_events"
+
+
+MODELS = (BackupRepository, BackupJob, BackupDiskRow, RestoreMount, RestoreClaim, RestoreEvent)

@@ -60,7 +60,7 @@ def record_scan(repository_id: str, found: Found) -> ScanResult:
 
     gone, kept = [], []
     for id_ in sorted(scanned - present):
-        mounted = RestoreMount.select().where(RestoreMount.backup == id_).exists()
+        mounted = catalogue.mounted().where(RestoreMount.backup == id_).exists()
         if mounted or _has_problem(known[id_], found.problems):
             kept.append(id_)
         else:

@@ -72,6 +72,20 @@ class Backup:
 
 
 @dataclass(frozen=True)
+class Vm:
+    """A virtual machine that has backups: how many, and where and when the newest was made.
+
+    ``context_id`` is what the appliance calls it; the embedded database knows it by its name alone.
+    """
+
+    context_id: str
+    vm_name: str
+    repository_id: str
+    backups: int
+    newest: datetime | None
+
+
+@dataclass(frozen=True)
 class DiskFile:
     """A disk image on its way into the catalogue; ``size`` is the disk's, not the file's."""
 
@@ -161,7 +175,7 @@ class MountChanges(TypedDict, total=False):
     status: MountStatus
     error_message: str
     last_accessed_at: datetime
-    expires_at: datetime
+    expires_at: datetime | None
     resume_attempts: int
     options: Mapping[str, Any]
 
@@ -171,6 +185,7 @@ class ClaimRow:
     """A row of ``restore_claims``: who wants a mount until when.
 
     ``on_behalf_of`` is ``""`` for the uid itself; without ``expires_at`` the claim lasts as long as the mount.
+    ``timeout`` is for how many seconds the claim lasts without use.
     """
 
     mount_id: str
@@ -178,3 +193,32 @@ class ClaimRow:
     on_behalf_of: str
     since: datetime
     expires_at: datetime | None
+    timeout: float = 3600.0
+
+
+ENDED = "ended"
+"""``what`` of the event that a mount ended, with the reason as its ``detail``."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A row of ``restore_events``: what happened, and by whom.
+
+    ``uid`` is None for the service itself; texts are ``""`` where there is nothing to say. ``path`` is a guest path
+    in its text form. ``bytes`` left the house through a pipe; ``size`` is that of a file whose descriptor was handed
+    out. ``id`` is given by the database; 0 until then.
+    """
+
+    at: datetime
+    what: str
+    outcome: str = "ok"
+    uid: int | None = None
+    unit: str = ""
+    on_behalf_of: str = ""
+    mount_id: str = ""
+    backup_id: str = ""
+    path: str = ""
+    detail: str = ""
+    bytes: int | None = None
+    size: int | None = None
+    id: int = 0

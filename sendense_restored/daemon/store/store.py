@@ -8,20 +8,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from . import catalogue, wishes
+from . import catalogue, history, wishes
 from .database import BUSY_TIMEOUT, Database
 from .recording import record_scan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
     from typing import Unpack
 
-    from .records import Backup, ClaimRow, DiskFile, Found, MountChanges, MountRow, Repository, ScanResult
+    from .records import (
+        Backup,
+        ClaimRow,
+        DiskFile,
+        Event,
+        Found,
+        MountChanges,
+        MountRow,
+        Repository,
+        ScanResult,
+        Vm,
+    )
 
 
 class Store:
-    """The catalogue of backups, and our own records of mounts."""
+    """The catalogue of backups, and our own records of mounts and of what happened."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -63,6 +74,17 @@ class Store:
     async def backup(self, backup_id: str) -> Backup:
         """One backup. Raises BackupNotFound."""
         return await self._database.read(catalogue.backup, backup_id)
+
+    async def backup_ids(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that are in the catalogue."""
+        return await self._database.read(catalogue.backup_ids, list(ids))
+
+    async def vms(self, limit: int = 100, cursor: str = "") -> tuple[list[Vm], str]:
+        """A page of the virtual machines that have backups, by name, and the cursor of the next page.
+
+        ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
+        """
+        return await self._database.read(catalogue.vms, limit, cursor)
 
     async def repository(self, repository_id: str) -> Repository:
         """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration is broken."""
@@ -136,13 +158,27 @@ class Store:
         """All rows of mounts, the oldest first."""
         return await self._database.read(wishes.mount_rows)
 
-    async def insert_mount(self, row: MountRow) -> None:
-        """Write a mount down. Raises BackupNotFound if its backup is not in the catalogue."""
-        await self._database.write(wishes.insert_mount, row)
+    async def wished(self) -> list[tuple[MountRow, tuple[ClaimRow, ...]]]:
+        """All rows of mounts with the claims on each, the oldest first: what a start has to bring back."""
+        return await self._database.read(wishes.wished)
+
+    async def insert_mount(self, row: MountRow, claims: Sequence[ClaimRow] = ()) -> None:
+        """Write a mount and the claims on it down. Raises BackupNotFound if its backup is not in the catalogue."""
+        await self._database.write(wishes.insert_mount, row, claims)
 
     async def update_mount(self, mount_id: str, **changes: Unpack[MountChanges]) -> None:
         """Change columns of a mount's row. Raises MountNotFound; TypeError for a column that does not change."""
         await self._database.write(wishes.update_mount, mount_id, changes)
+
+    async def renew(
+        self, mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]
+    ) -> None:
+        """Write down until when a mount and these claims on it last. Raises MountNotFound.
+
+        Of the claims only ``expires_at`` is written. Others stay as they are; one of these that was dropped meanwhile
+        does not come back.
+        """
+        await self._database.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
 
     async def delete_mount(self, mount_id: str) -> bool:
         """Delete a mount's row and its claims; whether there was one."""
@@ -163,3 +199,26 @@ class Store:
     async def delete_claim(self, mount_id: str, uid: int, on_behalf_of: str = "") -> bool:
         """Delete a claim; whether there was one."""
         return await self._database.write(wishes.delete_claim, mount_id, uid, on_behalf_of)
+
+    # What happened
+
+    async def add_events(self, events: Sequence[Event]) -> None:
+        """Write events down in their order, all or none; the database gives them their ids."""
+        await self._database.write(history.add_events, events)
+
+    async def events(
+        self, limit: int = 100, cursor: str = "", mount_id: str | None = None
+    ) -> tuple[list[Event], str]:
+        """A page of events, the newest first, and the cursor of the next page (``""`` at the end).
+
+        ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
+        """
+        return await self._database.read(history.events, limit, cursor, mount_id)
+
+    async def trim_events(self, keep: int, before: datetime) -> int:
+        """Delete events from before that time, and all but the newest ``keep``; how many that were."""
+        return await self._database.write(history.trim_events, keep, before)
+
+    async def ended_mounts(self, since: datetime) -> dict[str, tuple[datetime, str]]:
+        """The mounts that ended since then, as the history has it: by id, when and why."""
+        return await self._database.read(history.ended_mounts, since)

@@ -13,7 +13,10 @@ from .models import BackupJob, RestoreClaim, RestoreMount
 from .records import ClaimRow, MountChanges, MountRow, MountStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    import peewee
 
 _COLUMNS = tuple(name for name in MountRow.__dataclass_fields__ if name != "status")
 _CHANGEABLE = frozenset(MountChanges.__annotations__)
@@ -27,11 +30,16 @@ def mount_rows() -> list[MountRow]:
     ]
 
 
-def insert_mount(row: MountRow) -> None:
-    """Write a mount down. Raises BackupNotFound if its backup is not, or no longer, in the catalogue."""
+def insert_mount(row: MountRow, claims: Sequence[ClaimRow] = ()) -> None:
+    """Write a mount and the claims on it down.
+
+    Raises BackupNotFound if its backup is not, or no longer, in the catalogue.
+    """
     if BackupJob.get_or_none(BackupJob.id == row.backup_id) is None:
         raise BackupNotFound(f"there is no backup {row.backup_id[:64]!r}; list the backups to see their ids")
     RestoreMount.create(**{name: getattr(row, name) for name in _COLUMNS}, status=str(row.status))
+    for claim in claims:
+        put_claim(claim)
 
 
 def update_mount(mount_id: str, changes: Mapping[str, object]) -> None:
@@ -56,13 +64,36 @@ def delete_all_mounts() -> int:
     return int(RestoreMount.delete().execute())
 
 
+def wished() -> list[tuple[MountRow, tuple[ClaimRow, ...]]]:
+    """All mounts with their claims, each the oldest first: what a start has to bring back."""
+    held: dict[str, list[ClaimRow]] = {}
+    for claim in _claims(RestoreClaim.select()):
+        held.setdefault(claim.mount_id, []).append(claim)
+    return [(row, tuple(held.get(row.id, ()))) for row in mount_rows()]
+
+
+def renew(mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]) -> None:
+    """Write down until when a mount lasts, and that these are the claims on it. Raises MountNotFound."""
+    update_mount(mount_id, {"last_accessed_at": last_accessed_at, "expires_at": expires_at})
+    RestoreClaim.delete().where(RestoreClaim.mount == mount_id).execute()
+    for claim in claims:
+        put_claim(claim)
+
+
 def claims(mount_id: str) -> list[ClaimRow]:
     """The claims on a mount, the oldest first."""
-    rows = RestoreClaim.select().where(RestoreClaim.mount == mount_id)
+    return _claims(RestoreClaim.select().where(RestoreClaim.mount == mount_id))
+
+
+def _claims(rows: peewee.ModelSelect) -> list[ClaimRow]:
     return [
-        ClaimRow(row.mount_id, row.uid, row.on_behalf_of, row.since, row.expires_at)
+        ClaimRow(row.mount_id, row.uid, row.on_behalf_of, row.since, row.expires_at, row.idle_timeout)
         for row in rows.order_by(RestoreClaim.since, RestoreClaim.uid, RestoreClaim.on_behalf_of)
     ]
+
+
+def _is_claim(mount_id: str, uid: int, on_behalf_of: str) -> peewee.Expression:
+    return (RestoreClaim.mount == mount_id) & (RestoreClaim.uid == uid) & (RestoreClaim.on_behalf_of == on_behalf_of)
 
 
 def put_claim(claim: ClaimRow) -> None:
@@ -75,12 +106,10 @@ def put_claim(claim: ClaimRow) -> None:
         on_behalf_of=claim.on_behalf_of,
         since=claim.since,
         expires_at=claim.expires_at,
+        idle_timeout=claim.timeout,
     ).execute()
 
 
 def delete_claim(mount_id: str, uid: int, on_behalf_of: str) -> bool:
     """Take a claim away; whether there was one."""
-    query = RestoreClaim.delete().where(
-        (RestoreClaim.mount == mount_id) & (RestoreClaim.uid == uid) & (RestoreClaim.on_behalf_of == on_behalf_of)
-    )
-    return bool(query.execute())
+    return bool(RestoreClaim.delete().where(_is_claim(mount_id, uid, on_behalf_of)).execute())
