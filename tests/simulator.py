@@ -12,22 +12,27 @@ import asyncio
 import contextlib
 import itertools
 import os
+import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sendense_restored import errors, linux
 from sendense_restored.daemon.host.filesystem import MountRefused
+from sendense_restored.daemon.host.readers import Stream
+from sendense_restored.daemon.host.resources import Resources
 from sendense_restored.daemon.host.volumes import Volume, VolumeState
 from sendense_restored.daemon.store import DiskFile, Store
 from sendense_restored.reader import tree
+from sendense_restored.reader.outlet import Outlet
+from sendense_restored.reader.stream import opened
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from sendense_restored.daemon.store import Backup
     from sendense_restored.daemon.volume import Machine
-    from sendense_restored.reader.protocol import FileInfo, Listing, Usage
+    from sendense_restored.reader.protocol import FileInfo, Filters, Listing, Start, StreamEnd, Usage
 
 _T = TypeVar("_T")
 
@@ -36,8 +41,19 @@ BUILD_STEPS = ("workplace", "open_image", "attach", "discover", "slice", "mount"
 CLOSE_STEPS = ("take_back", "unmount", "free", "detach", "end reader")
 """Those in which it ends."""
 
+
 FILES = {"etc/hostname": b"web01\n", "etc/motd": b"welcome\n"}
 """What lies on each volume that ``add_backup`` makes."""
+
+
+@dataclass
+class Reading:
+    """A process that has files of a mount open."""
+
+    pid: int = 4242
+    uid: int = 1003
+    comm: str = "tar"
+    count: int = 1
 
 
 class Gate:
@@ -71,8 +87,14 @@ class Simulator:
     """A step raises this."""
     busy: set[str] = field(default_factory=set)
     """Volumes that somebody outside has a file open of: by name, or as ``MOUNT_ID/NAME``."""
+    outside: list[Reading] = field(default_factory=list)
+    """Who outside has files open, when asked."""
     attachments: list[Attachment] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
+    mounted: list[Mounted] = field(default_factory=list)
+    things: list[_Thing] = field(default_factory=list)
+    swept: list[set[str]] = field(default_factory=list)
+    """The mounts that were alive when it was swept."""
     _gates: dict[str, Gate] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -80,6 +102,19 @@ class Simulator:
     def machine(self) -> Machine:
         """This, for those who take a host: its things have what a session uses of the real ones, and no more."""
         return cast("Machine", self)
+
+    def power_off(self) -> None:
+        """Everything ends at once, as after ``kill -9`` of the daemon: the kernel takes it away."""
+        for reader in self.readers:
+            reader._close_roots()
+            reader._stop_streams()
+        for mounted in self.mounted:
+            mounted.taken_away()
+        self.standing.clear()
+        for each in self.things:
+            each._bears.clear()
+        for directory in self.mounts.iterdir():
+            directory.rmdir()
 
     def stop_at(self, step: str) -> Gate:
         """Have a step wait, from now on, before it does anything."""
@@ -142,6 +177,25 @@ class Simulator:
         del repository, seconds
         return function()
 
+    def check_room(self, disks: int) -> None:
+        del disks
+        self.check("room")
+
+    async def holders(self, mount_ids: Collection[int]) -> list[Reading]:
+        del mount_ids
+        return self.outside
+
+    async def resources(self) -> Resources:
+        return Resources(1 << 20, 1 << 30, open_fds=10, fds_limit=1024, overlay_used=0, overlay_limit=0, uids_free=60)
+
+    def sweep(self, live: Collection[str]) -> list[str]:
+        self.swept.append(set(live))
+        return []
+
+    async def shell(self, terminal: int, *, term: str = "") -> int:
+        del term
+        return 0 if os.isatty(terminal) else 1
+
     async def start_reader(self, mount_id: str) -> Reader:
         await self.step("reader")
         self.readers.append(Reader(self, mount_id))
@@ -157,6 +211,7 @@ class _Thing:
         self._on = on
         self._bears: set[str] = set()
         simulator.standing.add(self.what)
+        simulator.things.append(self)
         for each in on:
             each._bears.add(self.what)
 
@@ -188,11 +243,16 @@ class Workplace:
             self.thing.gone()
 
 
+class Layer(NamedTuple):
+    path: str
+
+
 class Image(_Thing):
     def __init__(self, simulator: Simulator, path: Path) -> None:
         super().__init__(simulator, "image")
         self.path = path
         self.virtual_size = 1 << 30
+        self.layers = [Layer(f"{path.parent.name}/{path.name}")]
 
     def close(self) -> None:
         self.gone()
@@ -231,6 +291,7 @@ class Device(_Thing):
         self.attachment = attachment
         self.directory = self.path = attachment.volumes[volume.number - 1]
         self.in_use = False
+        self._freed = asyncio.Event()
 
     def sectors_written(self) -> int:
         return 0
@@ -240,6 +301,14 @@ class Device(_Thing):
         self.gone()
         if self.in_use:  # as with a loop: it is let go of, and the last user clears it
             raise errors.Busy("the device is still in use; it is freed when its last user lets go")
+
+    def let_go(self) -> None:
+        """The last user outside closes it."""
+        self.in_use = False
+        self._freed.set()
+
+    async def freed(self) -> None:
+        await self._freed.wait()
 
 
 class Mounted(_Thing):
@@ -253,6 +322,7 @@ class Mounted(_Thing):
         self.root = self._open_root()
         self.mount_id = linux.mount_id(self.root)
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        simulator.mounted.append(self)
 
     @property
     def _busy(self) -> bool:
@@ -282,6 +352,12 @@ class Mounted(_Thing):
         self._device.in_use = self._busy
         self._end()
 
+    def taken_away(self) -> None:
+        """By the kernel."""
+        if self.stands:
+            os.close(self.root)
+            self.path.rmdir()
+
     def _end(self) -> None:
         if self.stands:
             os.close(self.root)
@@ -297,16 +373,28 @@ class Reader(_Thing):
         super().__init__(simulator, f"reader of {mount}")
         self.mount = mount
         self.roots: dict[str, int] = {}
+        self.outlets: list[Outlet] = []
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def die(self, reason: str) -> None:
+        self._stop_streams()
         self._close_roots()
         if not self.lost.done():
             self.lost.set_result(reason)
 
+    def _stop_streams(self) -> None:
+        while self.outlets:
+            self.outlets.pop().stop()
+
     def _close_roots(self) -> None:
         while self.roots:
             os.close(self.roots.popitem()[1])
+
+    def _stream_ended(self, end: asyncio.Future[StreamEnd], result: StreamEnd) -> None:
+        died = self.lost.done() and not self.lost.cancelled()  # before it could say what came of it
+        _settle(
+            end, result, errors.Unavailable("the process that reads this mount's files has stopped") if died else None
+        )
 
     def _check(self) -> None:
         if self.lost.done():
@@ -321,12 +409,45 @@ class Reader(_Thing):
 
     async def take_back(self) -> None:
         await self.simulator.step("take_back")
+        self._stop_streams()
         self._close_roots()
 
     async def list(self, volume: str, path: tuple[bytes, ...], *, limit: int, cursor: str) -> Listing:
         await self.simulator.step("list")
         self._check()
         return tree.list_directory(self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None)
+
+    async def stream(self, starts: Sequence[Start], filters: Filters, out: int, *, stall: float) -> Stream:
+        """The reader's own walk, in a thread."""
+        await self.simulator.step("stream")
+        self._check()
+        loop = asyncio.get_running_loop()
+        begun: asyncio.Future[None] = loop.create_future()
+        end: asyncio.Future[StreamEnd] = loop.create_future()
+        outlet = Outlet(os.dup(out), stall=stall)
+        roots = {name: os.dup(root) for name, root in self.roots.items()}
+
+        def walk() -> None:
+            try:
+                lend = contextlib.nullcontext
+                with outlet, opened(starts, filters, lambda volume: lend(roots[volume]), outlet) as walking:
+                    loop.call_soon_threadsafe(_settle, begun, None, None)
+                    result = walking.run()
+                loop.call_soon_threadsafe(self._stream_ended, end, result)
+            except errors.RestoreError as error:
+                loop.call_soon_threadsafe(_settle, begun, None, error)
+            finally:
+                for root in roots.values():
+                    os.close(root)
+
+        self.outlets.append(outlet)
+        threading.Thread(target=walk).start()
+        try:
+            await begun
+        except BaseException:
+            outlet.stop()
+            raise
+        return Stream(end, outlet.stop)
 
     async def stat(self, volume: str, path: tuple[bytes, ...]) -> FileInfo:
         self._check()
@@ -338,6 +459,7 @@ class Reader(_Thing):
 
     async def close(self) -> None:
         await self.simulator.step("end reader")
+        self._stop_streams()
         self._close_roots()
         self.lost.cancel()
         self.gone()
@@ -378,6 +500,15 @@ async def add_backup(
                 (directory / path).write_bytes(content)
         files.append(DiskFile(index, f"{backup_id}/disk{index}", 1 << 30))
     return await store.add_backup("main", vm_name, files, backup_id=backup_id)
+
+
+def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def refused(*, retry_as_crashed: bool = False) -> MountRefused:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sendense_restored import errors
@@ -26,9 +27,10 @@ from sendense_restored.wire import (
     WireError,
     close_all,
     encode,
+    variant,
 )
 
-from .calls import BadCallError, Call, Calls, Limits, Reply
+from .calls import BadCallError, Call, Calls, Limits, Reply, Who
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -42,7 +44,9 @@ __all__ = [
     "Limits",
     "Reply",
     "Variant",
+    "Who",
     "WireError",
+    "variant",
 ]
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ log = logging.getLogger(__name__)
 _MOST_RECEIVED = 256 << 10
 """Bytes of a body that is decoded; the worst of that size costs a fraction of a second, and none of ours needs it."""
 _SECONDS_TO_DRAIN = 10.0
+_MOST_OF_CGROUPS = 16 << 10  # bytes; the path of a group is shorter than 4 KiB, and there are a dozen hierarchies
 _DO_NOT_QUEUE = 4  # of RequestName, and its answers "primary owner" and "already owner"
 _OURS = {1, 4}
 
@@ -61,6 +66,24 @@ class _Subscription:
     interface: str
     member: str
     callback: Callable[[list[Any]], None]
+
+
+def unit_of(pid: int, processes: Path = Path("/proc")) -> str:
+    """The systemd unit (a service or scope) that a process is in, "" if it is in none or cannot be looked at.
+
+    What a user's own service manager made is named by its users: this is for the log.
+    """
+    try:
+        with (processes / str(pid) / "cgroup").open("rb", buffering=0) as file:
+            groups = file.read(_MOST_OF_CGROUPS)
+    except OSError:
+        return ""
+    for line in groups.splitlines():
+        if line.startswith(b"0::"):  # the unified hierarchy, cgroups(7)
+            parts = line.removesuffix(b" (deleted)").split(b"/")
+            unit = next((part for part in reversed(parts) if part.endswith((b".service", b".scope"))), b"")
+            return unit.decode(errors="backslashreplace")
+    return ""
 
 
 async def _nothing_here(call: Call) -> Reply:
@@ -80,7 +103,7 @@ class Bus:
         self.unique_name = ""
         self.accepts_fds: Callable[[str, str, str], bool] = _none
         """Whether a method (path, interface, member) takes descriptors; all others have theirs closed unseen."""
-        self._calls = Calls(handler, limits, ask_uid=self._uid, send=self._send)
+        self._calls = Calls(handler, limits, ask_who=self._who, send=self._send)
         self._subscriptions: list[_Subscription] = []
         self._on_left: list[Callable[[str], None]] = [self._calls.left]
         self._caller = Caller(
@@ -133,6 +156,11 @@ class Bus:
             log.warning("the message bus has not taken the last answers")
         finally:
             self._connection.end("closed")
+
+    async def ping(self, seconds: float) -> None:
+        """Have the bus itself answer. Raises BusCallError, TimeoutError, BusError."""
+        # Not Peer.Ping: the policy of a system bus lets nobody call that of the bus itself.
+        await self.call(DRIVER, DRIVER_PATH, DRIVER, "GetId", timeout=seconds)
 
     # What we ask of others.
 
@@ -208,13 +236,16 @@ class Bus:
         (answer,) = await self._caller.ask("NameHasOwner", "s", unique_name)
         return answer is True
 
-    async def _uid(self, unique_name: str) -> int:
+    async def _who(self, unique_name: str) -> Who:
+        """Who is behind a connection. Only the uid is beyond doubt: a process id may be another's by now."""
         try:
-            (uid,) = await self._caller.ask("GetConnectionUnixUser", "s", unique_name)
-        except (BusCallError, TimeoutError) as error:
+            (known,) = await self._caller.ask("GetConnectionCredentials", "s", unique_name)
+            uid = int(known["UnixUserID"].value)
+        except (BusCallError, TimeoutError, KeyError) as error:
             log.warning("not answering %s: its user is unknown: %s", unique_name, error)
             raise errors.Unavailable("the bus does not say who is calling; try again") from error
-        return int(uid)
+        process = known.get("ProcessID")
+        return Who(uid, unit_of(process.value) if process is not None else "")
 
     # What comes in.
 

@@ -1,8 +1,8 @@
 """The method calls that others make: who they are, what they may cost us, and what goes back.
 
 Each call runs as a task of its own, owned here: it ends with an answer whatever happens in it, is cancelled when its
-caller leaves the bus, and counts against limits that are checked before anything else is done for the caller. The
-caller's uid comes from the bus, once per connection of theirs.
+caller leaves the bus, and counts against limits that are checked before anything else is done for the caller. Who
+the caller is comes from the bus, once per connection of theirs.
 
 Errors of ``errors`` go to the caller by name; anything else is a bug of ours: its traceback goes to the journal, the
 caller gets a reference to it.
@@ -15,7 +15,7 @@ import logging
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sendense_restored import errors, names
 from sendense_restored.wire import Incoming, MessageFlag, MessageType, TooLongError, WireError, close_all
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 _MOST_ERROR_TEXT = 2000
+_LONG = 500
 
 
 class BadCallError(Exception):
@@ -69,6 +70,16 @@ class Call:
     interactive: bool = False
     """The caller accepts being asked to authenticate."""
     fds: tuple[int, ...] = ()
+    unit: str = ""
+    """The systemd unit that the caller ran in when it was first looked at, as far as is known; to be told in the log
+    and never to decide by."""
+
+
+class Who(NamedTuple):
+    """Who is behind a connection: the user as the bus knows it, and the systemd unit, "" if it is not known."""
+
+    uid: int
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,16 @@ class Reply:
     fds: tuple[int, ...] = ()
 
 
+def _is_long(reply: Reply) -> bool:
+    """Whether encoding it takes milliseconds. One with descriptors is not, and they would need an owner meanwhile."""
+    return not reply.fds and any(isinstance(value, list | dict) and len(value) > _LONG for value in reply.body)
+
+
 @dataclass
 class _Sender:
     """What is known of a connection that has called us; ends when it leaves the bus."""
 
-    uid: int | None = None
+    who: Who | None = None
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -92,7 +108,7 @@ class _Sender:
 class Calls:
     """The calls being answered.
 
-    ``ask_uid`` gives the uid of a unique name, or raises RestoreError. ``send`` takes a message's kind, header,
+    ``ask_who`` tells who is behind a unique name, or raises RestoreError. ``send`` takes a message's kind, header,
     signature, body and descriptors, owns the descriptors from then on, and raises WireError.
     """
 
@@ -101,12 +117,12 @@ class Calls:
         handler: Callable[[Call], Awaitable[Reply]],
         limits: Limits,
         *,
-        ask_uid: Callable[[str], Awaitable[int]],
+        ask_who: Callable[[str], Awaitable[Who]],
         send: Callable[[MessageType, dict[str, Any], str, Sequence[Any], tuple[int, ...]], None],
     ) -> None:
         self._handler = handler
         self._limits = limits
-        self._ask_uid = ask_uid
+        self._ask_who = ask_who
         self._send = send
         self._closing = False
         self._senders: dict[str, _Sender] = {}
@@ -159,6 +175,8 @@ class Calls:
     async def _serve(self, message: Incoming, sender: _Sender) -> None:
         try:
             reply = await self._handle(message, sender)
+            if _is_long(reply):
+                await asyncio.sleep(0)  # packing it took this turn of the event loop; encoding it gets one of its own
         except (BadCallError, errors.RestoreError) as error:
             self._answer_error(message, error)
         except Exception as bug:  # noqa: BLE001 - the edge: whatever it is, the caller gets an answer
@@ -173,9 +191,9 @@ class Calls:
 
     async def _handle(self, message: Incoming, sender: _Sender) -> Reply:
         async with sender.asking:
-            if sender.uid is None:
-                sender.uid = await self._ask_uid(message.sender)
-        uid = sender.uid
+            if sender.who is None:
+                sender.who = await self._ask_who(message.sender)
+        uid, unit = sender.who
         if self._running[uid] >= self._limits.per_uid:
             raise errors.LimitReached(
                 f"{self._limits.per_uid} calls of this user are running; wait until some have ended"
@@ -197,6 +215,7 @@ class Calls:
                     body=tuple(body),
                     interactive=bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION),
                     fds=tuple(message.fds),
+                    unit=unit,
                 )
             )
         finally:

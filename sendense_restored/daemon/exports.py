@@ -36,6 +36,10 @@ _STANDARD = {_INTROSPECTABLE, _OBJECT_MANAGER, _PEER, _PROPERTIES}
 _MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
+def _no_matter(_call: Call, _action: str, _message: str) -> None:
+    return
+
+
 async def _no_idea(_call: Call) -> errors.RestoreError | None:
     return None
 
@@ -44,6 +48,7 @@ class Exports:
     """The objects at and below ``root_path``, where the object manager is.
 
     ``handle`` is the bus' handler. ``unknown_object`` may know a better error for a path where nothing is (any more).
+    ``refused`` hears of calls that were not authorized: the call, the action, the message.
     """
 
     def __init__(
@@ -52,10 +57,12 @@ class Exports:
         root_path: str,
         *,
         unknown_object: Callable[[Call], Awaitable[errors.RestoreError | None]] = _no_idea,
+        refused: Callable[[Call, str, str], None] = _no_matter,
     ) -> None:
         self._bus = bus
         self._root_path = root_path
         self._unknown_object = unknown_object
+        self._refused = refused
         self._objects: dict[str, Exported] = {}
         self._announced: dict[str, dict[str, dict[str, Variant]]] = {}  # path, interface, property: as last sent
         bus.accepts_fds = self.accepts_fds
@@ -136,7 +143,11 @@ class Exports:
         declared = self._method(call.path, call.interface, call.member)
         if declared is None:
             raise BadCallError("UnknownMethod", f"{call.interface} has no method {call.member}")
-        return await _run(exported, declared, call)
+        try:
+            return await _run(exported, declared, call)
+        except (errors.NotAuthorized, errors.NotAuthorizedCanObtain) as error:
+            self._refused(call, declared.action, error.message)
+            raise
 
     def _method(self, path: str, interface: str, member: str) -> Method | None:
         exported = self._objects.get(path)
@@ -259,8 +270,9 @@ async def _run(exported: Exported, declared: Method, call: Call) -> Reply:
         await exported.authorize(call, declared.action, dict(zip(declared.arguments, values, strict=True)))
         reply = _pack(declared, await getattr(exported, declared.attribute)(call, *values))
     except errors.RestoreError as error:
+        # A refusal has its line in the history, where many of them become few.
         denied = isinstance(error, errors.NotAuthorized | errors.NotAuthorizedCanObtain)
-        level = logging.WARNING if denied else logging.INFO
+        level = logging.DEBUG if denied else logging.INFO
         reason = names.displayable(f"{type(error).__name__}: {error.message}")
         log.log(level, "not answering %s for uid %d (%s): %s", what, call.uid, call.sender, reason, extra=fields)
         raise

@@ -10,33 +10,47 @@ import argparse
 import asyncio
 import errno
 import fcntl
+import gc
 import logging
 import os
 import resource
 import signal
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
-
-import sdnotify
+from typing import TYPE_CHECKING, Any
 
 from sendense_restored import __version__, config
+from sendense_restored.errors import CatalogUnavailable
 
+from . import journal
 from .authority import Authority
 from .bus import Bus, BusError
 from .catalog import Catalog
+from .events import Events
+from .host.clock import BootClock
 from .host.machine import Machine, enter_private_namespace
 from .host.process import ToolMissingError
 from .host.udev import BlockEvents
 from .interface import BUS_NAME, Parts, Service
 from .mounts import Mounts
+from .notify import ServiceManager
+from .reload import Reload
+from .resume import Resume
 from .store import Store, StoreError
+from .sweep import Sweep
+
+if TYPE_CHECKING:
+    from .mount import Mount
 
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: the service cannot run as it is set up, and a restart would not help."""
+
+_SECONDS_PER_MOUNT = 10.0
+"""What the service manager is asked to wait for each mount that is taken down at the end, beside a step's timeout."""
 
 
 def main() -> None:
@@ -46,18 +60,19 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="log what is tried as well as what happened")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    if arguments.debug:
-        logging.getLogger("sendense_restored").setLevel(logging.DEBUG)
+    journal.set_up(debug=arguments.debug)
+    manager = ServiceManager.take()
     try:
         settings = config.load(arguments.config)
         prepare(settings)
-        sys.exit(asyncio.run(run(settings)))
+        sys.exit(asyncio.run(run(settings, arguments.config, manager)))
     except (config.ConfigError, ToolMissingError, StoreError) as error:
         log.critical("not starting: %s", error)
+        manager.notice(f"not starting: {error}")
         sys.exit(EXIT_CONFIG)
-    except (BusError, OSError) as error:
+    except (BusError, OSError, CatalogUnavailable) as error:
         log.critical("not starting: %s", error)
+        manager.notice(f"not starting: {error}")
         sys.exit(1)
 
 
@@ -96,13 +111,40 @@ def be_the_only_one(directory: Path) -> None:
         raise config.ConfigError(f"{directory} cannot be used: {error}") from None
 
 
-async def run(settings: config.Config) -> int:
-    """Serve until told to stop, or until the bus is lost; returns the exit status."""
+class _Told:
+    """Who hears of mounts: the D-Bus side, and in numbers the service manager."""
+
+    def __init__(self, service: Service, manager: ServiceManager) -> None:
+        self._service, self._manager = service, manager
+        self.mounts: Mounts
+
+    def added(self, mount: Mount) -> None:
+        """See ``mount.Listener``."""
+        self._service.added(mount)
+        self._tell()
+
+    def changed(self, mount: Mount) -> None:
+        """See ``mount.Listener``."""
+        self._service.changed(mount)
+        self._tell()
+
+    def removed(self, mount: Mount) -> None:
+        """See ``mount.Listener``."""
+        self._service.removed(mount)
+        self._tell()
+
+    def _tell(self) -> None:
+        states = Counter(str(mount.session.state) for mount in self.mounts)
+        self._manager.status(", ".join(f"{states[state]} {state}" for state in sorted(states)) or "no mounts")
+
+
+async def run(settings: config.Config, file: Path, manager: ServiceManager) -> int:
+    """Serve until told to stop, or until the bus is lost; returns the exit status. A reload reads ``file``."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    notifier = sdnotify.SystemdNotifier()
+    loop.add_signal_handler(signal.SIGHUP, log.info, "not reloading: still starting")
     async with AsyncExitStack() as stack:
         events = BlockEvents()
         stack.callback(events.close)
@@ -110,24 +152,61 @@ async def run(settings: config.Config) -> int:
         stack.push_async_callback(machine.close)
         store = await Store.open(settings.database.url)
         stack.push_async_callback(store.close)
-        if leftovers := await store.delete_all_mounts():
-            log.info("%d mounts of an earlier run are forgotten", leftovers)
+        clock = BootClock()
+        stack.callback(clock.close)
+        history = Events(store, unix=clock.unix, monotonic=clock.now)
+        stack.push_async_callback(history.close)
         service = Service()
         bus = await Bus.connect(None, handler=service.handle)
         stack.push_async_callback(bus.close)
-        mounts = Mounts(settings, store, machine, service)
+        stack.push_async_callback(manager.unwatch)
+        told = _Told(service, manager)
+        mounts = told.mounts = Mounts(settings, store, machine, told, history, clock)
         stack.push_async_callback(mounts.stop)
-        service.open(bus, Parts(Authority(bus), store, Catalog(store, machine), mounts, settings.mounts.max))
+        resume = Resume(mounts, store, machine, history, clock)
+        sweep = Sweep(mounts, resume, store, machine, history, clock)
+        stack.push_async_callback(sweep.close)
+        service.open(bus, Parts(Authority(bus), store, Catalog(store, machine), mounts, sweep, history, machine))
+        # Before the name is ours: no client finds a mount missing that is only not made again yet.
+        resumed = await resume.load()
         await bus.own(BUS_NAME)
-        notifier.notify("READY=1")
-        log.info("ready: %s, up to %d mounts, backend %s", BUS_NAME, settings.mounts.max, machine.backend)
-        stopping = asyncio.create_task(stop.wait(), name="wait for a signal")
-        ends: set[asyncio.Future[Any]] = {stopping, bus.lost}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        notifier.notify("STOPPING=1")
-        if bus.lost.done():
-            log.error("the bus is gone; ending")
-            return 1
-        log.info("stopping")
-        return 0
+        sweep.begin()
+
+        def apply(changed: config.Config) -> None:
+            mounts.reload(changed)
+            sweep.reload()
+            service.reloaded()
+
+        reload = Reload(file, settings, manager, apply)
+        stack.push_async_callback(reload.close)
+        loop.add_signal_handler(signal.SIGHUP, reload.request)
+        # What stands now stays: the collector of garbage need not walk through it again, which would take it longer
+        # than any request takes the event loop.
+        gc.collect()
+        gc.freeze()
+        manager.ready()
+        manager.watch(bus.ping)
+        log.info(
+            "ready: %s, up to %d mounts, backend %s, %d to be made again",
+            *(BUS_NAME, settings.mounts.max, machine.backend, resumed),
+        )
+        status = await _until_the_end(stop, bus, machine)
+        manager.stopping()
+        manager.extend(settings.attach.timeout + _SECONDS_PER_MOUNT * len(mounts))
+        return status
+
+
+async def _until_the_end(stop: asyncio.Event, bus: Bus, machine: Machine) -> int:
+    """Wait until it is told to stop, or cannot go on; the exit status."""
+    stopping = asyncio.create_task(stop.wait(), name="wait for a signal")
+    ends: set[asyncio.Future[Any]] = {stopping, bus.lost, machine.lost}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if bus.lost.done():
+        log.error("the bus is gone; ending")
+        return 1
+    if machine.lost.done():
+        log.error("%s; ending", machine.lost.result())
+        return 1
+    log.info("stopping")
+    return 0

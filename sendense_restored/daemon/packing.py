@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sendense_restored import errors
+from sendense_restored import config, errors
+from sendense_restored.reader.protocol import Filters, check_filters
 
-from .bus import Variant
+from .bus import Variant, variant
 from .exported import unpack
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from sendense_restored.reader.protocol import Entry, FileInfo
 
     from .catalog import Scanned
-    from .store import Backup
+    from .host.resources import Resources
+    from .mount import Mount
+    from .mounts import Mounts
+    from .store import Backup, Event, Repository, Vm
+    from .sweep import Sweep
     from .volume import SessionVolume
 
 
@@ -28,10 +33,38 @@ def limit(options: Mapping[str, Any], default: int, most: int) -> int:
     return limit
 
 
+def idle_timeout(options: Mapping[str, Any], most: float) -> float | None:
+    """The option ``idle_timeout`` in seconds, if it was given. Raises InvalidOption."""
+    seconds: int | None = options.get("idle_timeout")
+    if seconds is not None and not config.SHORTEST_IDLE_TIMEOUT <= seconds <= most:
+        raise errors.InvalidOption(f"idle_timeout must be from {config.SHORTEST_IDLE_TIMEOUT:g} to {most:g} seconds")
+    return seconds
+
+
+FILTERS = {
+    "recursive": "b",
+    "max_depth": "u",
+    "name": "s",
+    "kind": "s",
+    "min_size": "t",
+    "max_size": "t",
+    "newer": "x",
+    "older": "x",
+    "limit": "t",
+}
+
+
+def filters(options: Mapping[str, Any]) -> Filters:
+    """The options of OpenListing. Raises InvalidOption."""
+    filters = Filters(**{name: options[name] for name in FILTERS if name in options})
+    check_filters(filters)
+    return filters
+
+
 def _pack(signatures: Mapping[str, str], values: Sequence[Any]) -> dict[str, Variant]:
     """An ``a{sv}`` of ``values`` under the keys and signatures given in the same order; None is left out."""
     return {
-        key: Variant(signature, value)
+        key: variant(signature, value)
         for (key, signature), value in zip(signatures.items(), values, strict=True)
         if value is not None
     }
@@ -92,6 +125,48 @@ _INFO = {
     "unreadable": "s",
     "time_clamped": "b",
 }
+_VM = {"context_id": "s", "vm_name": "s", "repository_id": "s", "backups": "u", "newest": "x"}
+_REPOSITORY = {
+    "repository_id": "s",
+    "name": "s",
+    "type": "s",
+    "path": "s",
+    "enabled": "b",
+    "immutable": "b",
+}
+_EVENT = {
+    "id": "x",
+    "at": "x",
+    "what": "s",
+    "outcome": "s",
+    "uid": "u",
+    "unit": "s",
+    "on_behalf_of": "s",
+    "mount_id": "s",
+    "backup_id": "s",
+    "path": "s",
+    "detail": "s",
+    "bytes": "t",
+    "size": "t",
+}
+_RESOURCES = {
+    "active_mounts": "u",
+    "max_mounts": "u",
+    "available_slots": "u",
+    "devices": "aa{sv}",
+    "overlay_used": "t",
+    "overlay_limit": "t",
+    "memory": "t",
+    "open_fds": "u",
+    "sweep_interval": "t",
+    "next_sweep": "x",
+    "idle_timeout": "t",
+    "expired_mounts": "u",
+    "queued": "u",
+    "backend": "s",
+}
+_DEVICE = {"path": "s", "state": "s", "mount": "s"}
+_CLAIM = {"uid": "u", "on_behalf_of": "s", "since": "x", "expires": "x"}
 _EXTRAS = {"unreadable": "s", "display_name": "s", "nlink": "u", "time_clamped": "b"}
 
 
@@ -119,6 +194,77 @@ def time(seconds: int) -> datetime:
         raise errors.InvalidOption("created_at is no time between the years 1 and 9999") from None
 
 
+def vm(vm: Vm) -> dict[str, Variant]:
+    """As ListVms has it."""
+    newest = None if vm.newest is None else int(vm.newest.timestamp())
+    return _pack(_VM, (vm.context_id, vm.vm_name, vm.repository_id, vm.backups, newest))
+
+
+def repository(repository: Repository) -> dict[str, Variant]:
+    """As ListRepositories has it."""
+    return _pack(
+        _REPOSITORY,
+        (
+            *(repository.id, repository.name, repository.type, str(repository.root)),
+            *(repository.enabled, repository.immutable),
+        ),
+    )
+
+
+def event(event: Event) -> dict[str, Variant]:
+    """As ListEvents has it."""
+    return _pack(
+        _EVENT,
+        (
+            *(event.id, int(event.at.timestamp() * 1_000_000), event.what, event.outcome, event.uid, event.unit),
+            *(event.on_behalf_of, event.mount_id, event.backup_id, event.path, event.detail),
+            *(event.bytes, event.size),
+        ),
+    )
+
+
+def claims(mount: Mount) -> list[dict[str, Variant]]:
+    """As the property Claims has it."""
+    return [
+        _pack(_CLAIM, (*holder, claim.since, mount.unix(mount.lease.expiry(claim))))
+        for holder, claim in mount.lease.claims.items()
+    ]
+
+
+def in_use(mounts: Mounts) -> list[dict[str, Variant]]:
+    """As InUse has it."""
+    signatures = {"repository": "s", "file": "s", "mount": "s"}
+    return [
+        _pack(signatures, (mount.session.wish.repository.id, file, mount.id))
+        for mount in mounts
+        for file in mount.session.in_use()
+    ]
+
+
+def resources(mounts: Mounts, sweep: Sweep, found: Resources) -> dict[str, Variant]:
+    """As GetResources has it."""
+    settings = mounts.config.mounts
+    devices = [(device, "ours", mount.id) for mount in mounts for device in mount.devices]
+    devices += [
+        (str(device.path), "draining", each.mount_id) for each in mounts.places.draining for device in each.devices
+    ]
+    taken = mounts.places.taken
+    return _pack(
+        _RESOURCES,
+        (
+            *(
+                len(mounts),
+                settings.max,
+                max(settings.max - taken, 0),
+                [_pack(_DEVICE, device) for device in devices],
+            ),
+            *(found.overlay_used, found.overlay_limit, found.memory, found.open_fds),
+            *(int(settings.sweep_interval), sweep.next, int(settings.idle_timeout)),
+            *(sum(mount.lease.overdue for mount in mounts), mounts.places.queued, mounts.backend),
+        ),
+    )
+
+
 def scanned(scanned: Scanned) -> dict[str, Variant]:
     """As Scan answers it."""
     result = scanned.result
@@ -143,7 +289,7 @@ def volume(volume: SessionVolume) -> dict[str, Variant]:
 
 def entry(entry: Entry) -> list[Any]:
     """As ListFiles has it."""
-    extras = {key: Variant(_EXTRAS[key], value) for key, value in entry.extras.items()}
+    extras = {key: variant(_EXTRAS[key], value) for key, value in entry.extras.items()}
     return [entry.name, entry.kind, entry.size, entry.mode, entry.mtime_ns, entry.target, extras]
 
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from sendense_restored import errors, names
-from sendense_restored.reader.protocol import Entry, FileInfo, Listing
+from sendense_restored.reader.protocol import Entry, FileInfo, Listing, Start
 
 from .host.volumes import VolumeState
 from .volume import SessionVolume
@@ -28,9 +27,12 @@ from .volume import SessionVolume
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .host.attach import Attachment
+    from sendense_restored.reader.protocol import Filters
+
+    from .host.attach import Attachment, Workplace
     from .host.image import Image
-    from .host.readers import Reader
+    from .host.loop import BlockDevice
+    from .host.readers import Reader, Stream
     from .store import Backup, BackupDisk, Repository
     from .volume import Journal, Machine
 
@@ -79,19 +81,21 @@ class _Layer(NamedTuple):
 class Session:
     """One mount, from its wish to its end. ``Mounts`` owns it."""
 
-    def __init__(self, mount_id: str, wish: Wish, machine: Machine) -> None:
+    def __init__(self, mount_id: str, wish: Wish, machine: Machine, *, created_at: int) -> None:
+        """``created_at``: when it was asked for (unix seconds)."""
         self.id = mount_id
         self.wish = wish
         self.state = State.MOUNTING
         self.error = ""
         self.busy = False
-        self.created_at = self.last_accessed_at = int(time.time())
+        """Whether the last attempt to unmount it met an open file."""
+        self.created_at = created_at
         self.path = machine.mount_path(mount_id)
         self.volumes: dict[str, SessionVolume] = {}
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done, with a reason, when something below the mount ended by itself."""
         self._machine = machine
-        self._workplace = machine.workplace(mount_id)
+        self._workplace: Workplace
         self._layers: list[_Layer] = []
         self._attachments: list[Attachment] = []
         self._images: list[Image] = []
@@ -101,7 +105,16 @@ class Session:
     # --- building ---------------------------------------------------------------------------------------------
 
     async def build(self) -> None:
-        """Make all layers. Raises a RestoreError, or OSError; the caller closes what was made either way."""
+        """Make all layers. Raises a RestoreError, or OSError; the caller closes what was made either way.
+
+        One that was closed whole may be built again.
+        """
+        self.state, self.error = State.MOUNTING, ""
+        self.volumes.clear()
+        self._reader = self._starting = None
+        if self.lost.done():
+            self.lost = asyncio.get_running_loop().create_future()
+        self._workplace = self._machine.workplace(self.id)
         self._note("workplace", self._close_workplace)
         self._workplace.make()
         self._note("directory", self._close_directory)
@@ -159,6 +172,25 @@ class Session:
                 volume.mounted.lost.add_done_callback(self._part_lost)
         for name, usage in (await self._reader.give(roots)).items():
             self.volumes[name].usage = usage
+
+    @property
+    def standing(self) -> bool:
+        """Whether any layer of it is there."""
+        return bool(self._layers)
+
+    @property
+    def draining(self) -> list[BlockDevice]:
+        """Devices that were let go of while somebody abroad still used them."""
+        return [device for volume in self.volumes.values() for device in volume.draining]
+
+    @property
+    def mount_ids(self) -> set[int]:
+        """The kernel's ids of what is mounted for it."""
+        return {volume.mounted.mount_id for volume in self.volumes.values() if volume.mounted}
+
+    def in_use(self) -> list[str]:
+        """The files of its chains, relative to their repository."""
+        return [layer.path for image in self._images for layer in image.layers]
 
     # --- closing ----------------------------------------------------------------------------------------------
 
@@ -255,17 +287,12 @@ class Session:
 
     # --- serving ----------------------------------------------------------------------------------------------
 
-    def touch(self) -> None:
-        """Note that somebody used the mount."""
-        self.last_accessed_at = int(time.time())
-
     def _reading(self) -> Reader:
         """The reader, of a mount that is whole. Raises errors.Unavailable."""
         if self.state is State.MOUNTING or self.state is State.UNMOUNTING:
             raise errors.Unavailable(f"the mount is {self.state}; try again in a moment")
         if self.state is State.FAILED or self._reader is None:
             raise errors.Unavailable(f"the mount has failed ({self.error}); unmount it and mount the backup again")
-        self.touch()
         return self._reader
 
     def _volume(self, name: bytes) -> tuple[Reader, str]:
@@ -295,6 +322,20 @@ class Session:
             extras["unreadable"] = f"{volume.state}: {volume.reason}"
         created = self.created_at * 1_000_000_000
         return Entry(volume.name, "volume", volume.found.size, 0o555, created, "", extras)
+
+    async def stream(self, path: tuple[bytes, ...], filters: Filters, out: int, *, stall: float) -> Stream:
+        """Have a directory written to the pipe ``out`` as ``protocol`` says; the caller keeps and closes its own end.
+
+        Returns once it has begun. ``stall``: seconds after which a stream that nobody reads from ends.
+        """
+        if path:
+            reader, volume = self._volume(path[0])
+            return await reader.stream([Start(volume, path[1:])], filters, out, stall=stall)
+        starts = [
+            Start(name, (), self._volume_entry(volume), open=volume.mounted is not None)
+            for name, volume in sorted(self.volumes.items())
+        ]
+        return await self._reading().stream(starts, filters, out, stall=stall)
 
     async def stat(self, path: tuple[bytes, ...]) -> FileInfo:
         """What is known of one file."""

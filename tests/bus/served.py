@@ -17,12 +17,16 @@ from dbus_next.signature import Variant
 from sendense_restored import config
 from sendense_restored.client import BUS_NAME, MOUNT, ROOT, mount_object
 from sendense_restored.daemon.authority import Authority
-from sendense_restored.daemon.bus import Bus
+from sendense_restored.daemon.bus import Bus, Who
 from sendense_restored.daemon.catalog import Catalog
+from sendense_restored.daemon.events import Events
 from sendense_restored.daemon.interface import Parts, Service
 from sendense_restored.daemon.mounts import Mounts
+from sendense_restored.daemon.resume import Resume
+from sendense_restored.daemon.sweep import Sweep
 from tests import simulator as sim
 from tests.bus.peer import Peer
+from tests.clock import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from tests.simulator import Simulator
 
 ROOT_UID, ANNA, BERT = 0, 1001, 1002
+UNIT = "session-1.scope"
+"""The systemd unit that everybody calls from."""
 POLKIT = "org.freedesktop.PolicyKit1"
 ACTIONS = "com.sendense.restore1."
 FREELY = {"list-backups", "mount", "read", "unmount"}
@@ -45,8 +51,8 @@ class Users(Bus):
     uids: dict[str, int]
     """By unique name; Anna is everybody else."""
 
-    async def _uid(self, unique_name: str) -> int:
-        return self.uids.get(unique_name, ANNA)
+    async def _who(self, unique_name: str) -> Who:
+        return Who(self.uids.get(unique_name, ANNA), UNIT)
 
 
 class Polkit(Peer):
@@ -114,6 +120,10 @@ class Served:
     mounts: Mounts
     bus: Users
     polkit: Polkit
+    clock: FakeClock
+    sweep: Sweep
+    events: Events
+    service: Service
     users: contextlib.AsyncExitStack
 
     async def user(self, uid: int = ANNA) -> User:
@@ -139,13 +149,20 @@ async def served(address: str, directory: Path) -> AsyncIterator[Served]:
         stack.push_async_callback(_gone, polkit)
         stack.push_async_callback(bus.close)
         assert isinstance(bus, Users)
-        mounts = Mounts(settings, store, simulator.machine, service)
+        clock = FakeClock()
+        events = Events(store, unix=clock.unix, monotonic=clock.now)
+        stack.push_async_callback(events.close)
+        mounts = Mounts(settings, store, simulator.machine, service, events, clock)
         stack.push_async_callback(mounts.stop)
-        parts = Parts(Authority(bus), store, Catalog(store, simulator.machine), mounts, settings.mounts.max)
+        resume = Resume(mounts, store, simulator.machine, events, clock)
+        sweep = Sweep(mounts, resume, store, simulator.machine, events, clock)
+        stack.push_async_callback(sweep.close)
+        catalog = Catalog(store, simulator.machine)
+        parts = Parts(Authority(bus), store, catalog, mounts, sweep, events, simulator.machine)
         service.open(bus, parts)
         await bus.own(BUS_NAME)
         users = await stack.enter_async_context(contextlib.AsyncExitStack())
-        yield Served(address, simulator, store, mounts, bus, polkit, users)
+        yield Served(address, simulator, store, mounts, bus, polkit, clock, sweep, events, service, users)
 
 
 async def _gone(peer: Peer) -> None:

@@ -90,6 +90,12 @@ _NEW = {"repository_id": Variant("s", "main"), "vm_name": Variant("s", "x"), "di
 MEMBERS = [
     Member("ListBackups", MANAGER, "a{sv}", (), "list-backups", option="limit", wrong=("s", "1")),
     Member("Mount", MANAGER, "sa{sv}", ("b2",), "mount", details=_WHAT, option="all_disks", wrong=("u", 1)),
+    Member("ListVms", MANAGER, "a{sv}", (), "list-backups", option="cursor", wrong=("u", 1)),
+    Member("ListRepositories", MANAGER, "a{sv}", (), "list-backups"),
+    Member("GetResources", MANAGER, "a{sv}", (), "status"),
+    Member("ListEvents", MANAGER, "a{sv}", (), "manage", option="mount_id", wrong=("o", "/")),
+    Member("InUse", MANAGER, "a{sv}", (), "list-backups"),
+    Member("CleanupNow", MANAGER, "a{sv}", (), "manage"),
     Member("ListMounts", MANAGER, "a{sv}", (), "read"),
     Member("AddRepository", CATALOG, "ssa{sv}", ("other", "/"), "manage"),
     Member("RemoveRepository", CATALOG, "sa{sv}", ("other",), "manage"),
@@ -98,13 +104,19 @@ MEMBERS = [
     Member("RemoveBackup", CATALOG, "sa{sv}", ("b2",), "manage"),
     *(
         Member(name, MOUNT, "sa{sv}", (HOSTNAME,), "read", "read-others", (*_WHAT, "path"))
-        for name in ("GetFileInfo", "OpenFile")
+        for name in ("GetFileInfo", "OpenFile", "ValidatePath")
     ),
     Member(
         *("ListFiles", MOUNT, "sa{sv}", ("/partition-1",), "read", "read-others", (*_WHAT, "path")),
         option="limit",
         wrong=("x", 1),
     ),
+    Member(
+        *("OpenListing", MOUNT, "sa{sv}", ("/partition-1",), "read", "read-others", (*_WHAT, "path")),
+        option="newer",
+        wrong=("t", 1),
+    ),
+    Member("KeepAlive", MOUNT, "a{sv}", (), "read", "read-others", _WHAT, option="on_behalf_of", wrong=("u", 1)),
     Member("Unmount", MOUNT, "a{sv}", (), "unmount", "unmount-others", _WHAT, option="force", wrong=("i", 1)),
 ]
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
@@ -291,14 +303,25 @@ async def test_all_disks_and_another_view_are_other_mounts(service: Served, clie
     assert len(service.mounts) == 2
 
 
-async def test_a_mount_that_fails_says_why_and_is_gone(service: Served, client: Client) -> None:
+async def test_a_mount_that_fails_says_why_and_its_object_stays_for_a_while(service: Served, client: Client) -> None:
     service.simulator.refuse["attach"] = errors.NoDevice("no loop device is free")
     with pytest.raises(errors.NoDevice, match="no loop device is free"):
         await client.mount("b1")
     service.simulator.refuse["attach"] = ZeroDivisionError("/secret/path")
+    (failed,) = await client.list_mounts()
+    info = await client.mount_info(failed)
+    assert (info.state, info.error, info.expires_at) == ("failed", "no loop device is free", 0)
     with pytest.raises(errors.Failed, match=r"internal error \(reference [0-9a-f]{8}\)"):
         await client.mount("b1")
-    assert await client.list_mounts() == []
+    (again,) = await client.list_mounts()  # in the place of the one before
+    assert "/secret" not in (await client.mount_info(again)).error
+    with pytest.raises(errors.Expired, match="it failed: no loop device is free"):
+        await client.list_files(failed, "/")
+    service.clock.advance(600)
+    while await client.list_mounts():
+        pass
+    with pytest.raises(errors.Expired, match="it failed: an internal error"):
+        await client.list_files(again, "/")
 
 
 async def test_busy_is_told_and_passes(service: Served, client: Client, mount: str) -> None:
@@ -309,6 +332,9 @@ async def test_busy_is_told_and_passes(service: Served, client: Client, mount: s
     assert (info.busy, info.state, [claim.uid for claim in info.claims]) == (True, "mounted", [ANNA])
     service.simulator.busy.clear()
     await client.unmount(mount)
+    with pytest.raises(errors.Expired, match=f"unmounted by uid {ANNA}; mount the backup again"):
+        await client.unmount(mount)
+    service.clock.advance(86400 + 1)
     with pytest.raises(errors.MountNotFound):
         await client.unmount(mount)
 
@@ -473,31 +499,41 @@ async def test_each_change_is_told_once_from_the_right_place(service: Served, cl
     service.simulator.busy.add("partition-1")
     with pytest.raises(errors.Busy):
         await client.unmount(mount)
-    assert (await heard(bert))[2:] == [("PropertiesChanged", path)]
     service.simulator.busy.clear()
     await client.unmount(mount)
-    assert (await heard(bert))[3:] == [("InterfacesRemoved", ROOT)] or (await heard(bert))[3:] == [
-        ("PropertiesChanged", path),
-        ("InterfacesRemoved", ROOT),
-    ]
+    assert (await heard(bert))[2:] == [("PropertiesChanged", path)] * 4 + [("InterfacesRemoved", ROOT)]
     (added,) = bert.all("InterfacesAdded")
     assert added.body[0] == path
-    assert {name: sorted(values) for name, values in added.body[1].items()} == {MOUNT: ["Busy", "Id", "State"]}
+    assert {name: sorted(values) for name, values in added.body[1].items()} == {
+        MOUNT: ["Busy", "ExpiresAt", "Id", "State"]
+    }
     assert added.body[1][MOUNT]["State"].value == "mounting"
     changes = [{name: value.value for name, value in each.body[1].items()} for each in bert.all("PropertiesChanged")]
-    assert changes[:2] == [{"State": "mounted"}, {"Busy": True}]
+    assert [change.pop("ExpiresAt", None) for change in changes] == [None] * len(changes)  # no time has passed
+    assert changes == [
+        {"State": "mounted"},
+        {"State": "unmounting"},
+        {"State": "mounted", "Busy": True},
+        {"State": "unmounting"},
+        {"Busy": False},
+    ]
     assert all(each.body[0] == MOUNT and each.body[2] == [] for each in bert.all("PropertiesChanged"))
     (removed,) = bert.all("InterfacesRemoved")
     assert removed.body == [path, [MOUNT]]
 
 
-async def test_a_mount_that_fails_to_build_comes_and_goes(service: Served, client: Client, bert: User) -> None:
+async def test_a_mount_that_fails_to_build_comes_fails_and_goes(service: Served, client: Client, bert: User) -> None:
     await bert.listen(f"type='signal',sender='{BUS_NAME}'")
     service.simulator.refuse["attach"] = errors.NoDevice("none is free")
     with pytest.raises(errors.NoDevice):
         await client.mount("b1")
+    (mount,) = await client.list_mounts()
+    await client.unmount(mount)
     told = [member for member, _ in await heard(bert)]
     assert (told[0], told[-1], told.count("InterfacesAdded")) == ("InterfacesAdded", "InterfacesRemoved", 1)
+    assert {"State": "failed", "ExpiresAt": 0} in [
+        {name: value.value for name, value in each.body[1].items()} for each in bert.all("PropertiesChanged")
+    ]
 
 
 async def test_a_joiner_is_no_news(client: Client, bert: User, mount: str) -> None:

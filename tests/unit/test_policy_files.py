@@ -23,6 +23,9 @@ ACTIONS = {
     "unmount": ("yes", "yes", "yes", "yes"),
     "unmount-others": ("auth_admin", "auth_admin", "auth_admin", ""),
     "force-unmount": ("auth_admin", "auth_admin", "auth_admin", ""),
+    "act-on-behalf": ("auth_admin", "auth_admin", "auth_admin", "yes"),
+    "status": ("auth_admin_keep", "auth_admin_keep", "auth_admin_keep", "yes"),
+    "shell": ("no", "no", "no", ""),
     "manage": ("auth_admin_keep", "auth_admin_keep", "auth_admin_keep", ""),
 }
 
@@ -78,6 +81,15 @@ def test_everybody_may_call_the_service_and_nobody_may_signal_it() -> None:
     root = ET.parse(BUS_POLICY).getroot()
     default = root.find("policy[@context='default']")
     assert default is not None
-    assert [(rule.tag, rule.get("send_type")) for rule in default] == [("allow", "method_call"), ("deny", "signal")]
+    rules = [(rule.tag, rule.get("send_type")) for rule in default if not rule.get("min_fds")]
+    assert rules == [("allow", "method_call"), ("deny", "signal")]
     assert {rule.get("send_destination") for rule in default} == {"com.sendense.Restore1"}
     assert default[1].get("send_broadcast") == "false", "polkit's own signals are broadcast and must come through"
+
+
+def test_only_root_may_hand_descriptors_to_the_service() -> None:
+    root = ET.parse(BUS_POLICY).getroot()
+    denied = [rule.attrib for rule in root.iterfind("policy[@context='default']/deny") if rule.get("min_fds")]
+    assert denied == [{"send_destination": "com.sendense.Restore1", "min_fds": "1"}]
+    allowed = [rule.attrib for rule in root.iterfind("policy[@user='root']/allow") if rule.get("send_destination")]
+    assert allowed == [{"send_destination": "com.sendense.Restore1", "send_type": "method_call"}]

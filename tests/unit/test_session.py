@@ -41,7 +41,7 @@ class House:
         backup = await sim.add_backup(self.store, f"b{self._made}", disks)
         repository = await self.store.repository("main")
         wish = Wish(backup, repository, backup.disks, all_disks=len(disks) > 1, journal=journal)
-        return Session(f"m{self._made}", wish, self.simulator.machine)
+        return Session(f"m{self._made}", wish, self.simulator.machine, created_at=1)
 
     async def built(self, disks: tuple[tuple[str, ...], ...] = ONE, journal: Journal = "replay") -> Session:
         session = await self.session(disks, journal)
@@ -430,12 +430,3 @@ async def test_closing_what_was_never_built_is_nothing(house: House) -> None:
     await session.close()
     await session.force()
     assert house.simulator.steps == []
-
-
-async def test_use_is_noted(house: House) -> None:
-    session = await house.built()
-    for path in ((), (b"partition-1",)):
-        session.last_accessed_at = 0
-        await session.list(path, limit=1, cursor="")
-        assert session.last_accessed_at > 0
-    await session.close()
