@@ -1,4 +1,4 @@
-"""Commands about the embedded catalogue, for hosts without an appliance's own."""
+"""Commands about the catalogue; those that change it are about the embedded one, for hosts without an appliance."""
 
 from __future__ import annotations
 
@@ -11,12 +11,54 @@ from . import output
 from .frame import JSON, call, host_path, required
 
 if TYPE_CHECKING:
-    from sendense_restored.client import Client, Scanned
+    from sendense_restored.client import Client, Repository, Scanned
 
-app = typer.Typer(help="Fill the embedded catalogue of backups.", no_args_is_help=True)
+app = typer.Typer(help="Show the catalogue of backups, and fill the embedded one.", no_args_is_help=True)
 
 _REPOSITORY = required(metavar="REPOSITORY", help="The repository's id, as 'add-repository' printed it.")
 _IMAGES = required(metavar="IMAGE...", help="The topmost image of each disk, in order, relative to the repository.")
+
+
+@app.command()
+def vms(*, as_json: bool = JSON) -> None:
+    """List the virtual machines that have backups."""
+
+    async def work(client: Client) -> None:
+        if as_json:
+            await output.listing(client.vms(), output.vm_json)
+            return
+        rows = [
+            (vm.vm_name, vm.context_id, str(vm.backups), output.local_time(vm.newest), vm.repository_id)
+            async for vm in client.vms()
+        ]
+        output.table(("VM", "CONTEXT", "BACKUPS", "NEWEST", "REPOSITORY"), rows, right=(2,))
+
+    call(work)
+
+
+@app.command()
+def repositories(*, as_json: bool = JSON) -> None:
+    """List the repositories of backups."""
+
+    async def work(client: Client) -> list[Repository]:
+        return await client.list_repositories()
+
+    found = call(work)
+    if as_json:
+        output.document([asdict(repository) for repository in found])
+        return
+    rows = [
+        (
+            repository.repository_id,
+            repository.name,
+            repository.type,
+            repository.path,
+            "yes" if repository.enabled else "no",
+            "yes" if repository.immutable else "no",
+        )
+        for repository in found
+    ]
+    output.table(("REPOSITORY", "NAME", "TYPE", "PATH", "ENABLED", "IMMUTABLE"), rows)
 
 
 @app.command("add-repository")

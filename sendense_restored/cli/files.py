@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from sendense_restored import errors, names
 
 from . import download, output
-from .frame import GUEST_PATH, JSON, MOUNT, call, find_mount, flag, guest_path
+from .frame import GUEST_PATH, JSON, LONG, MOUNT, NUL, call, find_mount, flag, guest_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,9 @@ def ls(
     *,
     mount: str = MOUNT,
     path: str = typer.Argument("/", metavar="[PATH]", help="A directory of the guest; / has the volumes."),
-    long: bool = flag("-l", "--long", text="With kind, permissions, size and time."),
+    long: bool = LONG,
+    mark: bool = flag("-p", "--mark", text="Append a / to directories."),
+    null: bool = NUL,
     as_json: bool = JSON,
 ) -> None:
     """List a guest directory."""
@@ -39,20 +41,18 @@ def ls(
             await output.listing(found, lambda entry: output.entry_json(entry, path))
             return
         async for entry in found:
-            output.line(_long_line(entry) if long else entry.name)
+            slash = "/" if mark and output.is_directory(entry.kind) else ""
+            output.line(_long(entry, slash) if long else entry.name + slash, end="\0" if null else "\n")
 
     call(work)
 
 
-def _long_line(entry: Entry) -> str:
-    time = output.local_time(entry.mtime_ns // 10**9) or "-"
-    text = f"{output.mode(entry.kind, entry.mode)} {entry.size:>15} {time:>16} {entry.name}"
-    if entry.kind == "symlink":
-        text += f" -> {entry.target}"
-    for key in ("display_name", "unreadable"):
-        if value := entry.extras.get(key):
-            text += f" ({value})"
-    return text
+def _long(entry: Entry, slash: str) -> str:
+    # What a service of another version puts here need not be text.
+    notes = [str(entry.extras.get(key, "")) for key in ("display_name", "unreadable")]
+    return output.long_line(
+        entry.kind, entry.mode, entry.size, entry.mtime_ns, entry.name + slash, entry.target, notes
+    )
 
 
 def stat(*, mount: str = MOUNT, path: str = GUEST_PATH, as_json: bool = JSON) -> None:

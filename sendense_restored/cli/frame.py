@@ -14,9 +14,10 @@ from sendense_restored import errors, names
 from sendense_restored.client import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 _FULL_ID = 36
 _SHORTEST_PREFIX = 4
@@ -32,8 +33,18 @@ def required(*, metavar: str, help: str) -> Any:  # noqa: A002, ANN401 - as abov
     return typer.Argument(..., metavar=metavar, help=help, show_default=False)
 
 
+LONG = flag("-l", "--long", text="With kind, permissions, size and time.")
+NUL = flag("-0", "--null", text="End each with a NUL character instead of a newline, as 'xargs -0' takes them.")
+ON_BEHALF_OF = typer.Option(
+    "",
+    "--on-behalf-of",
+    metavar="NAME",
+    show_default=False,
+    help="Whom you do this for, if you are allowed to act for others; it is theirs then.",
+)
 JSON = flag("--json", text="Print one JSON document; an error is one as well, on stderr.")
-MOUNT = required(metavar="MOUNT", help="The mount's id, or enough of its beginning (4 characters or more).")
+MOUNT_HELP = "The mount's id, or enough of its beginning (4 characters or more)."
+MOUNT = required(metavar="MOUNT", help=MOUNT_HELP)
 GUEST_PATH = required(metavar="PATH", help="A guest path, such as /partition-1/etc/fstab.")
 
 
@@ -62,14 +73,24 @@ async def find_mount(client: Client, text: str) -> str:
     return found[0]
 
 
-def guest_path(argument: str) -> str:
-    """The canonical text of a guest path as it was typed or pasted.
+async def at_most(limit: int, found: AsyncIterator[Item]) -> AsyncIterator[Item]:
+    """The first ``limit`` of what is found, or all for 0."""
+    count = 0
+    async for item in found:
+        yield item
+        count += 1
+        if count == limit:
+            return
 
-    An argument that is not valid UTF-8 is taken for the raw bytes of the name. Raises InvalidPath.
-    """
-    if re.search("[\udc80-\udcff]", argument):
-        argument = names.to_text(os.fsencode(argument))
-    return names.format_path(names.parse_path(argument))
+
+def guest_path(argument: str) -> str:
+    """The canonical text of a guest path as it was typed or pasted. Raises InvalidPath."""
+    return names.format_path(names.parse_path(as_text(argument)))
+
+
+def as_text(argument: str) -> str:
+    """The text form of guest names in an argument; one that is not valid UTF-8 is taken for their raw bytes."""
+    return names.to_text(os.fsencode(argument)) if re.search("[\udc80-\udcff]", argument) else argument
 
 
 def host_path(argument: str) -> str:

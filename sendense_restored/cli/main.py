@@ -18,14 +18,14 @@ from typer.core import TyperGroup
 
 from sendense_restored import __version__, errors, names
 
-from . import catalog, files, mounts, output
+from . import catalog, files, mounts, output, search, shell, status
 from .frame import flag
+from .output import PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-PROGRAM = "sendense-restore"
 _INTERRUPTED = 128 + signal.SIGINT
 _NOBODY_READS = 128 + signal.SIGPIPE
 
@@ -57,10 +57,15 @@ for command in (
     mounts.mounts,
     mounts.volumes,
     files.ls,
+    search.tree,
+    search.find,
     files.stat,
     files.cat,
     files.get,
     mounts.unmount,
+    status.status,
+    status.events,
+    shell.shell,
 ):
     app.command()(command)
 app.add_typer(catalog.app, name="catalog")

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.cells import cell_len
 
 from sendense_restored import names
+from sendense_restored.client import Entry, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-    from sendense_restored.client import Backup, Entry, FileInfo, MountInfo, Volume
+    from sendense_restored.client import Backup, Event, FileInfo, Found, MountInfo, Vm, Volume
+
+PROGRAM = "sendense-restore"
 
 Json = dict[str, Any]
 Item = TypeVar("Item")
@@ -41,9 +44,14 @@ def shown(text: str) -> str:
     return names.displayable(text) if sys.stdout.isatty() else text
 
 
-def line(text: str = "") -> None:
+def line(text: str = "", *, end: str = "\n") -> None:
     """Print a line, made safe for a terminal."""
-    print(shown(text))
+    print(shown(text), end=end)
+
+
+def note(text: str, *, as_json: bool = False) -> None:
+    """Say something on stderr that is no result."""
+    print(json.dumps({"note": text}) if as_json else f"{PROGRAM}: {names.displayable(text)}", file=sys.stderr)
 
 
 def document(value: object) -> None:
@@ -87,10 +95,18 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def local_time(seconds: int) -> str:
+def local_time(seconds: int, *, form: str = "%Y-%m-%d %H:%M") -> str:
     """A time for people, in their time zone; nothing for 0."""
     moment = _moment(seconds)
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M") if seconds and moment else ""
+    return moment.astimezone().strftime(form) if seconds and moment else ""
+
+
+def duration(seconds: int) -> str:
+    """A duration for people, in the largest unit that divides it: ``90 s``, ``15 min``, ``1 h``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds and seconds % length == 0:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def rfc3339(seconds: int) -> str | None:
@@ -118,10 +134,11 @@ def mount_json(mount: MountInfo) -> Json:
     """A mount with its volumes."""
     answer: Json = {"mount_id": mount.id} | asdict(mount)
     del answer["id"]
-    for name in ("created_at", "last_accessed_at"):
+    for name in ("created_at", "last_accessed_at", "expires_at"):
         answer[name] = rfc3339(answer[name])
     for claim in answer["claims"]:
-        claim["since"] = rfc3339(claim["since"])
+        for name in ("since", "expires"):
+            claim[name] = rfc3339(claim[name])
     return answer
 
 
@@ -147,9 +164,46 @@ def entry_json(entry: Entry, directory: str) -> Json:
     return answer
 
 
+def found_json(record: Found | Problem) -> Json:
+    """A record of a listing stream as ``entry_json`` has it; of what could not be read, ``path`` and ``error``."""
+    if isinstance(record, Problem):
+        return asdict(record)
+    directory, _, name = record.path.rpartition("/")
+    extras = ("unreadable", "nlink", "time_clamped", "display_name")
+    more = {key: getattr(record, key) for key in extras if getattr(record, key)}
+    entry = Entry(name, record.kind, record.size, record.mode, record.mtime_ns, record.target, more)
+    return entry_json(entry, directory)
+
+
+def event_json(event: Event) -> Json:
+    """Something that has happened; ``at`` with its microseconds."""
+    seconds, micro = divmod(event.at, 10**6)
+    moment = rfc3339(seconds)
+    return asdict(event) | {"at": moment and f"{moment.removesuffix('Z')}.{micro:06}Z"}
+
+
+def vm_json(vm: Vm) -> Json:
+    """A virtual machine."""
+    return asdict(vm) | {"newest": rfc3339(vm.newest)}
+
+
 def info_json(info: FileInfo, path: str) -> Json:
     """One file."""
     return {"path": path} | asdict(info) | {"mode": f"{info.mode:04o}"}
+
+
+def is_directory(kind: str) -> bool:
+    """Whether there may be something in it."""
+    return kind in {"directory", "volume"}
+
+
+def long_line(kind: str, bits: int, count: int, mtime_ns: int, name: str, target: str, notes: Iterable[str]) -> str:
+    """A line of ``ls -l``; the notes that say something stand at its end."""
+    time = local_time(mtime_ns // 10**9) or "-"
+    text = f"{mode(kind, bits)} {count:>15} {time:>16} {name}"
+    if kind == "symlink":
+        text += f" -> {target}"
+    return text + "".join(f" ({each})" for each in notes if each)
 
 
 def mode(kind: str, bits: int) -> str:

@@ -1,21 +1,20 @@
 """What the service answers, as frozen Python values.
 
-Dictionaries arrive from the bus with their variants already taken off. A key that is not known here is ignored and a
-missing one leaves its default, so that a client and a service of neighbouring versions understand each other; a value
-of another type is a fault of the service and raises ``Failed``. Times are whole seconds since the epoch, 0 for none,
-unless the name ends in ``_ns``. Names and paths are in the text form of ``names.py``.
+``decoding`` says what becomes of keys that are missing or unknown and of values of another type. Times are whole
+seconds since the epoch, 0 for none, unless the name ends in ``_ns``. Names and paths are in the text form of
+``names.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from sendense_restored import errors
+from .decoding import Answer, dicts, items, scalars, typed, wrong
 
-Answer = Mapping[str, Any]
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Disk:
     @classmethod
     def decode(cls, answer: Answer) -> Disk:
         """From an element of ``disks``."""
-        return cls(**_scalars(cls, answer))
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,40 @@ class Backup:
     @classmethod
     def decode(cls, answer: Answer) -> Backup:
         """From an element of ListBackups."""
-        return cls(**_scalars(cls, answer), disks=tuple(map(Disk.decode, _dicts(answer, "disks"))))
+        return cls(**scalars(cls, answer), disks=tuple(map(Disk.decode, dicts(answer, "disks"))))
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine that the catalogue has backups of; ``repository_id`` is that of the newest."""
+
+    context_id: str = ""
+    vm_name: str = ""
+    repository_id: str = ""
+    backups: int = 0
+    newest: int = 0
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Vm:
+        """From an element of ListVms."""
+        return cls(**scalars(cls, answer))
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the catalogue."""
+
+    repository_id: str = ""
+    name: str = ""
+    type: str = ""
+    path: str = ""
+    enabled: bool = False
+    immutable: bool = False
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Repository:
+        """From an element of ListRepositories."""
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
@@ -78,20 +110,22 @@ class Volume:
     @classmethod
     def decode(cls, answer: Answer) -> Volume:
         """From an element of the property Volumes."""
-        return cls(**_scalars(cls, answer))
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who asked for a mount, and since when."""
+    """Who asked for a mount, since when, and when they lose it if they do not use it."""
 
     uid: int = 0
+    on_behalf_of: str = ""
     since: int = 0
+    expires: int = 0
 
     @classmethod
     def decode(cls, answer: Answer) -> Claim:
         """From an element of the property Claims."""
-        return cls(**_scalars(cls, answer))
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
@@ -108,7 +142,9 @@ class MountInfo:
     journal: str = ""
     created_at: int = 0
     last_accessed_at: int = 0
+    expires_at: int = 0
     busy: bool = False
+    bytes_out: int = 0
     backup_disk_ids: tuple[int, ...] = ()
     disk_indexes: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
@@ -120,12 +156,12 @@ class MountInfo:
         """From GetAll of the interface Mount, whose names are in camel case."""
         answer = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower(): value for key, value in properties.items()}
         return cls(
-            **_scalars(cls, answer),
-            backup_disk_ids=_items(answer, "backup_disk_ids", int),
-            disk_indexes=_items(answer, "disk_indexes", int),
-            devices=_items(answer, "devices", str),
-            volumes=tuple(map(Volume.decode, _dicts(answer, "volumes"))),
-            claims=tuple(map(Claim.decode, _dicts(answer, "claims"))),
+            **scalars(cls, answer),
+            backup_disk_ids=items(answer, "backup_disk_ids", int),
+            disk_indexes=items(answer, "disk_indexes", int),
+            devices=items(answer, "devices", str),
+            volumes=tuple(map(Volume.decode, dicts(answer, "volumes"))),
+            claims=tuple(map(Claim.decode, dicts(answer, "claims"))),
         )
 
 
@@ -175,10 +211,146 @@ class FileInfo:
     def decode(cls, answer: Answer) -> FileInfo:
         """From GetFileInfo, or what OpenFile says about the file that it opened."""
         return cls(
-            **_scalars(cls, answer),
-            xattrs=_items(answer, "xattrs", str),
-            streams=_items(answer, "streams", str),
+            **scalars(cls, answer),
+            xattrs=items(answer, "xattrs", str),
+            streams=items(answer, "streams", str),
         )
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry of a listing stream. ``path`` is the whole one; the rest is as ``Entry`` and ``FileInfo`` have it.
+
+    ``nlink`` is 0 where it does not matter, ``display_name`` that of a volume.
+    """
+
+    path: str = ""
+    kind: str = ""
+    size: int = 0
+    mode: int = 0
+    mtime_ns: int = 0
+    target: str = ""
+    unreadable: str = ""
+    nlink: int = 0
+    time_clamped: bool = False
+    display_name: str = ""
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Found:
+        """From a line of a listing, which must say at least what it is about."""
+        found = cls(**scalars(cls, answer))
+        if not found.path or not found.kind:
+            raise wrong("path" if not found.path else "kind")
+        return found
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a listing stream had to leave out, and why."""
+
+    path: str = ""
+    error: str = ""
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Problem:
+        """From a line of a listing with ``error``."""
+        return cls(**scalars(cls, answer))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of a listing stream: how many ``Found`` and ``Problem`` there were; whether its limit cut it short."""
+
+    entries: int = 0
+    errors: int = 0
+    truncated: bool = False
+
+    @classmethod
+    def decode(cls, answer: object) -> Summary:
+        """From the ``summary`` of a listing's last line."""
+        return cls(**scalars(cls, typed("summary", answer, dict)))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A block device of the service: ``ours``, or ``draining`` because somebody still holds a file of its mount."""
+
+    path: str = ""
+    state: str = ""
+    mount: str = ""
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Device:
+        """From an element of ``devices``."""
+        return cls(**scalars(cls, answer))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the service uses and has left; sizes in bytes, ``sweep_interval`` and ``idle_timeout`` in seconds."""
+
+    active_mounts: int = 0
+    max_mounts: int = 0
+    available_slots: int = 0
+    expired_mounts: int = 0
+    queued: int = 0
+    overlay_used: int = 0
+    overlay_limit: int = 0
+    memory: int = 0
+    open_fds: int = 0
+    sweep_interval: int = 0
+    next_sweep: int = 0
+    idle_timeout: int = 0
+    backend: str = ""
+    devices: tuple[Device, ...] = ()
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Resources:
+        """From the answer of GetResources."""
+        return cls(**scalars(cls, answer), devices=tuple(map(Device.decode, dicts(answer, "devices"))))
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened, ``at`` so many microseconds after the epoch.
+
+    ``outcome`` is ``ok`` or the name of an error. None where nobody did it (``uid``), where nothing was streamed
+    (``bytes``), where no file was handed out (``size``).
+    """
+
+    id: int = 0
+    at: int = 0
+    what: str = ""
+    outcome: str = ""
+    unit: str = ""
+    on_behalf_of: str = ""
+    mount_id: str = ""
+    backup_id: str = ""
+    path: str = ""
+    detail: str = ""
+    uid: int | None = None
+    bytes: int | None = None
+    size: int | None = None
+
+    @classmethod
+    def decode(cls, answer: Answer) -> Event:
+        """From an element of ListEvents."""
+        numbers = {key: typed(key, answer[key], int) for key in ("uid", "bytes", "size") if key in answer}
+        return cls(**scalars(cls, answer), **numbers)
+
+
+@dataclass(frozen=True)
+class HeldFile:
+    """An image that a mount holds open; ``file`` is relative to the repository."""
+
+    repository: str = ""
+    file: str = ""
+    mount: str = ""
+
+    @classmethod
+    def decode(cls, answer: Answer) -> HeldFile:
+        """From an element of InUse."""
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
@@ -191,7 +363,7 @@ class Skipped:
     @classmethod
     def decode(cls, answer: Answer) -> Skipped:
         """From an element of ``skipped``."""
-        return cls(**_scalars(cls, answer))
+        return cls(**scalars(cls, answer))
 
 
 @dataclass(frozen=True)
@@ -212,32 +384,5 @@ class Scanned:
     @classmethod
     def decode(cls, answer: Answer) -> Scanned:
         """From the result of Scan."""
-        lists: dict[str, Any] = {key: _items(answer, key, str) for key in ("added", "updated", "gone", "kept")}
-        return cls(**_scalars(cls, answer), **lists, skipped=tuple(map(Skipped.decode, _dicts(answer, "skipped"))))
-
-
-def _typed(key: str, value: object, kind: type[Any]) -> Any:  # noqa: ANN401 - it is a ``kind``
-    # bool is an int to Python, and two different types on the bus.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise errors.Failed(
-            f"the restore service's answer has a wrong {key}; are its version and this one's the same?"
-        )
-    return value
-
-
-def _scalars(cls: type[Any], answer: Answer) -> dict[str, Any]:
-    """The text, number and truth fields of ``cls`` that ``answer`` has; the default tells the type."""
-    kinds = {entry.name: type(entry.default) for entry in fields(cls) if entry.default is not MISSING}
-    return {
-        key: _typed(key, answer[key], kind)
-        for key, kind in kinds.items()
-        if kind in {str, int, bool} and key in answer
-    }
-
-
-def _items(answer: Answer, key: str, kind: type[Any]) -> tuple[Any, ...]:
-    return tuple(_typed(key, item, kind) for item in _typed(key, answer.get(key, []), list))
-
-
-def _dicts(answer: Answer, key: str) -> tuple[Answer, ...]:
-    return _items(answer, key, dict)
+        lists: dict[str, Any] = {key: items(answer, key, str) for key in ("added", "updated", "gone", "kept")}
+        return cls(**scalars(cls, answer), **lists, skipped=tuple(map(Skipped.decode, dicts(answer, "skipped"))))

@@ -80,9 +80,11 @@ class Connection:
         *,
         interactive: bool,
         seconds: float,
+        fds: Sequence[int] = (),
     ) -> Reply:
         """Call a method and wait for its answer; raises TimeoutError after so many seconds.
 
+        ``fds`` are sent along and stay the caller's; an ``h`` among the arguments is an index into them.
         An error reply is raised as the error of the closed list that it stands for.
         """
         signature = "".join(kind for kind, _ in arguments)
@@ -90,7 +92,7 @@ class Connection:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE
         try:
             answer = await self._caller.call(
-                destination, path, interface, member, signature, body, flags=flags, seconds=seconds
+                destination, path, interface, member, signature, body, flags=flags, seconds=seconds, fds=fds
             )
         except BusCallError as error:
             raise errors.from_dbus(error.name, error.message) from None

@@ -1,4 +1,4 @@
-"""The service's methods, as seen through one bus connection.
+"""The service's methods, as seen through one bus connection; those of a mount are in ``mounts``.
 
 A ``Client`` owns its connection and is not reconnected: when the bus hangs up, its owner makes another. Mounts are
 named by their ids throughout, object paths stay in here. A descriptor belongs to the caller from the moment the
@@ -7,54 +7,24 @@ method returns it.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+import math
+from typing import TYPE_CHECKING, Self
 
-from sendense_restored import errors
-
-from .answers import Backup, Entry, FileInfo, MountInfo, Scanned
-from .connection import Argument, Connection, Reply
+from .answers import Backup, Event, HeldFile, Repository, Resources, Scanned, Vm
+from .connection import Argument, Connection
+from .messages import BUS_NAME, ROOT, Timeouts, advanced, given
+from .mounts import MountMethods, mount_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-BUS_NAME = "com.sendense.Restore1"
-ROOT = "/com/sendense/Restore1"
 MANAGER = f"{BUS_NAME}.Manager"
 CATALOG = f"{BUS_NAME}.Catalog"
-MOUNT = f"{BUS_NAME}.Mount"
 _NO_OPTIONS: Argument = ("a{sv}", {})
 
 
-@dataclass(frozen=True)
-class Timeouts:
-    """Seconds that the service has for an answer."""
-
-    call: float = 60.0
-    long: float = 300.0
-    """For Mount and Scan, and for every call that a person may first have to type a password for."""
-
-
-def mount_object(mount: str) -> str:
-    """The object path of the mount with this id. Raises MountNotFound for what cannot be an id."""
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", mount):
-        raise errors.MountNotFound("this is not the id of a mount; list the mounts to see theirs")
-    return f"{ROOT}/mounts/{mount.replace('-', '_')}"
-
-
-def mount_id(path: str) -> str:
-    """The id of the mount with this object path."""
-    return path.rpartition("/")[2].replace("_", "-")
-
-
-class Client:
+class Client(MountMethods):
     """The service. Every method may raise any error of the closed list."""
-
-    def __init__(self, connection: Connection, *, interactive: bool = False, timeouts: Timeouts) -> None:
-        self._connection = connection
-        self._interactive = interactive
-        self._timeouts = Timeouts(timeouts.long, timeouts.long) if interactive else timeouts
 
     @classmethod
     async def connect(
@@ -90,9 +60,9 @@ class Client:
     ) -> tuple[list[Backup], str]:
         """One page of the catalogue, newest first, and the cursor of the next (empty: there is none)."""
         wanted = {"vm_name": vm_name, "status": status, "repository_id": repository_id, "cursor": cursor}
-        options = _given(limit=("u", limit), **{name: ("s", text) for name, text in wanted.items()})
+        options = given(limit=("u", limit), **{name: ("s", text) for name, text in wanted.items()})
         found, following = await self._call(ROOT, MANAGER, "ListBackups", ("a{sv}", options), answer="aa{sv}s")
-        return [Backup.decode(backup) for backup in found], _advanced(cursor, following)
+        return [Backup.decode(backup) for backup in found], advanced(cursor, following)
 
     async def backups(
         self, *, vm_name: str = "", status: str = "", repository_id: str = "", page: int = 0
@@ -108,6 +78,27 @@ class Client:
             if not cursor:
                 return
 
+    async def list_vms(self, *, limit: int = 0, cursor: str = "") -> tuple[list[Vm], str]:
+        """One page of the machines that have backups, by name, and the cursor of the next (empty: there is none)."""
+        options = given(limit=("u", limit), cursor=("s", cursor))
+        found, following = await self._call(ROOT, MANAGER, "ListVms", ("a{sv}", options), answer="aa{sv}s")
+        return [Vm.decode(vm) for vm in found], advanced(cursor, following)
+
+    async def vms(self, *, page: int = 0) -> AsyncIterator[Vm]:
+        """All machines that have backups, ``page`` at a time (0: as many as the service likes)."""
+        cursor = ""
+        while True:
+            found, cursor = await self.list_vms(limit=page, cursor=cursor)
+            for vm in found:
+                yield vm
+            if not cursor:
+                return
+
+    async def list_repositories(self) -> list[Repository]:
+        """The repositories of the catalogue, by name."""
+        (found,) = await self._call(ROOT, MANAGER, "ListRepositories", _NO_OPTIONS, answer="aa{sv}")
+        return [Repository.decode(repository) for repository in found]
+
     async def mount(
         self,
         backup_id: str,
@@ -115,18 +106,27 @@ class Client:
         disk_index: int = 0,
         all_disks: bool = False,
         journal: str = "",
+        idle_timeout: int = 0,
+        wait: bool = False,
+        on_behalf_of: str = "",
     ) -> str:
         """Mount a backup, or join those who have it mounted already; the mount's id.
 
-        A timeout or cancellation here does not stop the service from finishing the mount.
+        ``idle_timeout``, in seconds, is how long the claim lasts without use (0: as the service is set up). With
+        ``wait`` a mount that has no room waits in a queue, and this without a time limit. A timeout or cancellation
+        here does not stop the service from finishing a mount that it has begun.
         """
-        options = _given(
+        options = given(
             disk_index=("u", disk_index),
             all_disks=("b", all_disks),
             journal=("s", journal),
+            idle_timeout=("t", idle_timeout),
+            wait=("b", wait),
+            on_behalf_of=("s", on_behalf_of),
         )
         arguments = ("s", backup_id), ("a{sv}", options)
-        (path,) = await self._call(ROOT, MANAGER, "Mount", *arguments, answer="o", seconds=self._timeouts.long)
+        seconds = math.inf if wait else self._timeouts.long
+        (path,) = await self._call(ROOT, MANAGER, "Mount", *arguments, answer="o", seconds=seconds)
         return mount_id(path)
 
     async def list_mounts(self) -> list[str]:
@@ -134,55 +134,48 @@ class Client:
         (paths,) = await self._call(ROOT, MANAGER, "ListMounts", _NO_OPTIONS, answer="ao")
         return [mount_id(path) for path in paths]
 
-    # Mount
+    async def resources(self) -> Resources:
+        """What the service uses and has left."""
+        (answer,) = await self._call(ROOT, MANAGER, "GetResources", _NO_OPTIONS, answer="a{sv}")
+        return Resources.decode(answer)
 
-    async def mount_info(self, mount: str) -> MountInfo:
-        """All properties of a mount."""
-        interface = "org.freedesktop.DBus.Properties"
-        (properties,) = await self._call(mount_object(mount), interface, "GetAll", ("s", MOUNT), answer="a{sv}")
-        return MountInfo.decode(properties)
+    async def list_events(self, *, mount: str = "", limit: int = 0, cursor: str = "") -> tuple[list[Event], str]:
+        """One page of what has happened, newest first, and the cursor of the next (empty: there is none)."""
+        options = given(mount_id=("s", mount), limit=("u", limit), cursor=("s", cursor))
+        found, following = await self._call(ROOT, MANAGER, "ListEvents", ("a{sv}", options), answer="aa{sv}s")
+        return [Event.decode(event) for event in found], advanced(cursor, following)
 
-    async def list_files(self, mount: str, path: str, *, limit: int = 0, cursor: str = "") -> tuple[list[Entry], str]:
-        """One page of a directory and the cursor of the next (empty: there is none)."""
-        arguments = ("s", path), ("a{sv}", _given(limit=("u", limit), cursor=("s", cursor)))
-        entries, following = await self._call(
-            mount_object(mount), MOUNT, "ListFiles", *arguments, answer="a(sstuxsa{sv})s"
-        )
-        return [Entry.decode(entry) for entry in entries], _advanced(cursor, following)
-
-    async def files(self, mount: str, path: str, *, page: int = 0) -> AsyncIterator[Entry]:
-        """A whole directory, ``page`` entries at a time (0: as many as the service likes)."""
+    async def events(self, *, mount: str = "", page: int = 0) -> AsyncIterator[Event]:
+        """All that has happened, or to one mount, ``page`` at a time (0: as many as the service likes)."""
         cursor = ""
         while True:
-            entries, cursor = await self.list_files(mount, path, limit=page, cursor=cursor)
-            for entry in entries:
-                yield entry
+            found, cursor = await self.list_events(mount=mount, limit=page, cursor=cursor)
+            for event in found:
+                yield event
             if not cursor:
                 return
 
-    async def file_info(self, mount: str, path: str) -> FileInfo:
-        """What the guest's file system knows about one file."""
-        arguments = ("s", path), _NO_OPTIONS
-        (answer,) = await self._call(mount_object(mount), MOUNT, "GetFileInfo", *arguments, answer="a{sv}")
-        return FileInfo.decode(answer)
+    async def in_use(self) -> list[HeldFile]:
+        """The image files that mounts hold open."""
+        (found,) = await self._call(ROOT, MANAGER, "InUse", _NO_OPTIONS, answer="aa{sv}")
+        return [HeldFile.decode(file) for file in found]
 
-    async def open_file(self, mount: str, path: str) -> tuple[int, FileInfo]:
-        """A read-only descriptor of a regular file, which the caller owns and closes, and what it leads to."""
-        arguments = ("s", path), _NO_OPTIONS
-        reply = await self._exchange(mount_object(mount), MOUNT, "OpenFile", *arguments, answer="ha{sv}")
-        try:
-            index, answer = reply.values
-            info = FileInfo.decode(answer)
-            if index >= len(reply.fds):
-                raise errors.Failed("the restore service's answer came without its file; try again")
-            return reply.fds.pop(index), info
-        finally:
-            reply.close()
+    async def cleanup_now(self) -> int:
+        """End mounts whose time is up or whose backup is gone; how many."""
+        (ended,) = await self._call(ROOT, MANAGER, "CleanupNow", _NO_OPTIONS, answer="u", seconds=self._timeouts.long)
+        return int(ended)
 
-    async def unmount(self, mount: str, *, force: bool = False) -> None:
-        """Drop the caller's claim; the last one closes the mount. ``force`` closes it for everybody."""
-        options = ("a{sv}", _given(force=("b", force)))
-        await self._call(mount_object(mount), MOUNT, "Unmount", options, answer="")
+    async def open_shell(self, terminal: int, *, term: str = "") -> int:
+        """Run a root shell of the service on ``terminal``, a pseudo-terminal; its exit status.
+
+        The terminal stays the caller's; ``term`` is its kind, as in the variable TERM. There is no time limit. The
+        shell ends when the terminal's other side or this client is closed, and not when this is cancelled.
+        """
+        arguments = ("h", 0), ("a{sv}", given(term=("s", term)))
+        (status,) = await self._call(
+            ROOT, MANAGER, "OpenShell", *arguments, answer="u", seconds=math.inf, fds=[terminal]
+        )
+        return int(status)
 
     # Catalog: the embedded database only
 
@@ -210,43 +203,3 @@ class Client:
     async def remove_backup(self, backup_id: str) -> None:
         """Take a backup out of the catalogue; no image is touched."""
         await self._call(ROOT, CATALOG, "RemoveBackup", ("s", backup_id), _NO_OPTIONS, answer="")
-
-    # Messages
-
-    async def _call(
-        self, path: str, interface: str, member: str, *arguments: Argument, answer: str, seconds: float = 0
-    ) -> list[Any]:
-        """The values that a method without descriptors in its answer returns."""
-        reply = await self._exchange(path, interface, member, *arguments, answer=answer, seconds=seconds)
-        reply.close()
-        return reply.values
-
-    async def _exchange(
-        self, path: str, interface: str, member: str, *arguments: Argument, answer: str, seconds: float = 0
-    ) -> Reply:
-        """Call a method whose answer has the signature ``answer``; the caller owns the reply."""
-        seconds = seconds or self._timeouts.call
-        try:
-            reply = await self._connection.call(
-                BUS_NAME, path, interface, member, arguments, interactive=self._interactive, seconds=seconds
-            )
-        except TimeoutError:
-            raise errors.Timeout(
-                f"the restore service gave no answer to {member} within {seconds:g} s; look at its journal"
-            ) from None
-        if reply.signature != answer:
-            reply.close()
-            raise errors.Failed(f"the restore service answered {member} in another form; are both of one version?")
-        return reply
-
-
-def _given(**options: Argument) -> dict[str, Argument]:
-    """The options that say something: nothing, zero and false are what the service assumes anyway."""
-    return {name: (kind, value) for name, (kind, value) in options.items() if value}
-
-
-def _advanced(cursor: str, following: str) -> str:
-    """The cursor of the next page; a service that gives the same page for ever is stopped here."""
-    if following and following == cursor:
-        raise errors.Failed("the restore service's listing does not advance; report this as a fault")
-    return following

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from sendense_restored.cli.main import run
 from sendense_restored.daemon.bus import Bus, Call, Reply
+from tests.bus.command_line import Outcome
 from tests.bus.fake import FakeService
 from tests.bus.peer import Peer
 from tools.lab.bus import PrivateBus, message_bus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from tests.bus.command_line import CommandLine
 
 # A system bus (its limits on sizes, descriptors and pending replies are the built-in defaults), except that everybody
 # may send everything, even answers that nobody asked for: what protects the daemon here is the daemon.
@@ -99,6 +105,18 @@ async def stranger(bus_address: str) -> AsyncIterator[Peer]:
     """And a third one."""
     async with Peer(bus_address) as peer:
         yield peer
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    async def command(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        code = await asyncio.to_thread(run, arguments)
+        sys.stdout.flush()
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return command
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
 import os
 from typing import TYPE_CHECKING, Any, Self
 
@@ -57,6 +59,30 @@ class FakeService(Peer):
         """A descriptor to answer with."""
         self._fds.append(os.open(path, os.O_RDONLY))
         return self._fds[-1]
+
+    def pipe(self) -> tuple[int, int]:
+        """A reading end to answer with, and the writing end for the test to close."""
+        reading, writing = os.pipe()
+        self._fds.append(reading)
+        return reading, writing
+
+    def stream(self, *lines: str | dict[str, object]) -> Callable[[Message], Answer]:
+        """The answer to OpenListing: so many lines, which must fit into a pipe, and the end."""
+
+        def answer(_: Message) -> Answer:
+            reading, writing = self.pipe()
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)
+            with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+                for line in lines:
+                    print(line if isinstance(line, str) else json.dumps(line), file=pipe)
+            return Answer("h", 0, fds=(reading,))
+
+        return answer
+
+    def let_go(self, fd: int) -> None:
+        """Close a descriptor that has been answered with, so that only the client has it."""
+        self._fds.remove(fd)
+        os.close(fd)
 
     def called_with(self, member: str) -> list[Any]:
         """What the last call of ``member`` had as arguments, variants taken off."""
@@ -142,8 +168,9 @@ def properties(mount: str = MOUNT_ID, **more: object) -> Answer:
         "VmName": "web",
         "State": "mounted",
         "Volumes": volumes,
-        "Claims": [variants(uid=1000, since=1_700_000_000)],
+        "Claims": [variants(uid=1000, since=1_700_000_000, expires=1_700_003_600)],
         "CreatedAt": 1_700_000_000,
+        "ExpiresAt": 1_700_003_600,
         "Busy": False,
         "SomethingOfALaterVersion": "x",
     }
@@ -153,6 +180,16 @@ def properties(mount: str = MOUNT_ID, **more: object) -> Answer:
 def entry(name: str, kind: str = "file", size: int = 0, target: str = "", **extras: object) -> list[object]:
     """One entry of ListFiles."""
     return [name, kind, size, 0o644, 1_700_000_000 * 10**9, target, variants(**extras)]
+
+
+def found(path: str, kind: str = "file", size: int = 0, **more: object) -> dict[str, object]:
+    """One line of a listing."""
+    return {"path": path, "kind": kind, "size": size, "mode": 0o644, "mtime_ns": 1_700_000_000 * 10**9} | more
+
+
+def summary(entries: int, errors: int = 0, *, truncated: bool = False) -> dict[str, object]:
+    """The last line of a listing."""
+    return {"summary": {"entries": entries, "errors": errors, "truncated": truncated}}
 
 
 def only_properties(message: Message) -> Answer:

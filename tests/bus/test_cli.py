@@ -6,23 +6,16 @@ real program.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
-import pty
 import re
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sendense_restored import errors
-from sendense_restored.cli.main import run
+from tests.bus.command_line import Outcome, Terminal, ended, program
 from tests.bus.fake import (
     HANG,
     MOUNT_ID,
@@ -36,25 +29,12 @@ from tests.bus.fake import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
-    CommandLine = Callable[..., Coroutine[Any, Any, "Outcome"]]
+    from tests.bus.command_line import CommandLine
 
 LISTING = "a(sstuxsa{sv})s"
 HOSTILE = "\x1b]0;owned\x07\u202etxt.exe\n"
-
-
-@dataclass
-class Outcome:
-    """How a command line ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:  # noqa: ANN401 - whatever was printed
-        return json.loads(self.out)
 
 
 @pytest.fixture
@@ -63,55 +43,6 @@ def service(service: FakeService, bus_address: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus_address)
     service.answers["GetAll"] = only_properties
     return service
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> CommandLine:
-    async def command(*arguments: str) -> Outcome:
-        capfd.readouterr()
-        code = await asyncio.to_thread(run, arguments)
-        sys.stdout.flush()
-        captured = capfd.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return command
-
-
-async def program(*arguments: str | bytes, stdout: int = PIPE, stderr: int = PIPE) -> Process:
-    """The real program; its output goes into pipes unless said otherwise."""
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sendense_restored.cli",
-        *arguments,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "200"},
-        stdin=PIPE,
-        stdout=stdout,
-        stderr=stderr,
-    )
-
-
-async def ended(process: Process) -> tuple[int, bytes, bytes]:
-    async with asyncio.timeout(60):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out or b"", err or b""
-
-
-class Terminal:
-    """A terminal; ``read`` gives all that a program wrote to it, once the program has ended."""
-
-    def __init__(self) -> None:
-        self._reading, self.fd = pty.openpty()
-
-    def read(self) -> str:
-        os.close(self.fd)
-        parts = []
-        with contextlib.suppress(OSError):  # EIO, when the last program has closed it
-            while part := os.read(self._reading, 65536):
-                parts.append(part)
-        os.close(self._reading)
-        return b"".join(parts).decode()
 
 
 # Errors
@@ -248,7 +179,10 @@ async def test_mount_prints_the_id_alone_or_the_whole_mount(service: FakeService
     assert service.called_with("Mount") == ["backup-1", {"all_disks": True, "journal": "as-crashed"}]
     assert (mount["mount_id"], mount["state"], mount["created_at"]) == (MOUNT_ID, "mounted", "2023-11-14T22:13:20Z")
     assert mount["volumes"][0]["reason"] == "BitLocker; unlock it"
-    assert mount["claims"] == [{"uid": 1000, "since": "2023-11-14T22:13:20Z"}]
+    assert mount["claims"] == [
+        {"uid": 1000, "on_behalf_of": "", "since": "2023-11-14T22:13:20Z", "expires": "2023-11-14T23:13:20Z"}
+    ]
+    assert mount["expires_at"] == "2023-11-14T23:13:20Z"
     await cli("mount", "backup-1", "--disk", "3")
     assert service.called_with("Mount") == ["backup-1", {"disk_index": 3, "journal": "replay"}]
 
@@ -260,7 +194,9 @@ async def test_mounts_leaves_out_what_ended_meanwhile(service: FakeService, cli:
         properties() if message.path == object_of(MOUNT_ID) else errors.Expired("it was idle")
     )
     assert [mount["mount_id"] for mount in (await cli("mounts", "--json")).json] == [MOUNT_ID]
-    assert re.search(rf"^{MOUNT_ID} +backup-1 +web +mounted +1 +- +no$", (await cli("mounts")).out, re.MULTILINE)
+    assert re.search(
+        rf"^{MOUNT_ID} +backup-1 +web +mounted +1 +- +2023-11-1. ..:.. +no$", (await cli("mounts")).out, re.MULTILINE
+    )
 
 
 @pytest.mark.usefixtures("service")

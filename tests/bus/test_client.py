@@ -12,7 +12,18 @@ from dbus_next.constants import MessageFlag
 from dbus_next.message import Message
 
 from sendense_restored import errors
-from sendense_restored.client import Client, Scanned, Timeouts, mount_id, mount_object
+from sendense_restored.client import (
+    Client,
+    Device,
+    HeldFile,
+    Repository,
+    Scanned,
+    Timeouts,
+    Vm,
+    mount_id,
+    mount_object,
+)
+from sendense_restored.wire import closing
 from tests.bus.fake import (
     HANG,
     MOUNT_ID,
@@ -23,12 +34,13 @@ from tests.bus.fake import (
     only_properties,
     properties,
     sequence,
+    summary,
     variants,
 )
 from tools.lab.leftovers import left_by_this_process, of_this_process
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from sendense_restored.wire import Incoming
@@ -66,7 +78,8 @@ async def test_properties_of_a_mount_are_decoded(service: FakeService, client: C
     assert (info.id, info.backup_id, info.vm_name, info.state) == (MOUNT_ID, "backup-1", "web", "mounted")
     assert info.backup_disk_ids == (7,)
     assert [volume.state for volume in info.volumes] == ["encrypted", "mounted"]
-    assert info.claims[0].uid == 1000
+    assert (info.claims[0].uid, info.claims[0].expires) == (1000, 1_700_003_600)
+    assert info.expires_at == 1_700_003_600
     assert service.calls[-1].path == object_of(MOUNT_ID)
 
 
@@ -150,6 +163,108 @@ async def test_catalogue_calls_have_the_contracts_form(service: FakeService, cli
         "sa{sv}",
         "sa{sv}",
     ]
+
+
+async def test_the_manager_answers_typed_values(service: FakeService, client: Client) -> None:
+    device = variants(path="/dev/loop7", state="draining", mount=MOUNT_ID)
+    service.answers |= {
+        "ListVms": sequence(
+            Answer("aa{sv}s", [variants(context_id="c", vm_name="web", backups=3, newest=5)], "web"),
+            Answer("aa{sv}s", [], ""),
+        ),
+        "ListRepositories": Answer("aa{sv}", [variants(repository_id="r", name="nas", enabled=True)]),
+        "GetResources": Answer("a{sv}", variants(active_mounts=2, memory=1 << 30, devices=[device], backend="fuse")),
+        "InUse": Answer("aa{sv}", [variants(repository="r", file="web/a.qcow2", mount=MOUNT_ID)]),
+        "CleanupNow": Answer("u", 4),
+    }
+    assert [vm async for vm in client.vms()] == [Vm("c", "web", "", 3, 5)]
+    assert service.called_with("ListVms") == [{"cursor": "web"}]
+    assert await client.list_repositories() == [Repository("r", "nas", enabled=True)]
+    resources = await client.resources()
+    assert (resources.active_mounts, resources.memory, resources.backend) == (2, 1 << 30, "fuse")
+    assert resources.devices == (Device("/dev/loop7", "draining", MOUNT_ID),)
+    assert await client.in_use() == [HeldFile("r", "web/a.qcow2", MOUNT_ID)]
+    assert await client.cleanup_now() == 4
+
+
+async def test_an_event_says_whether_anybody_did_it(service: FakeService, client: Client) -> None:
+    listed = [variants(id=9, at=5, what="open", uid=0, size=0), variants(id=8, what="expire")]
+    service.answers["ListEvents"] = sequence(Answer("aa{sv}s", listed, "8"), Answer("aa{sv}s", [], ""))
+    root, nobody = [event async for event in client.events(mount=MOUNT_ID, page=2)]
+    assert (root.uid, root.size, root.bytes) == (0, 0, None)
+    assert (nobody.uid, nobody.size) == (None, None)
+    assert service.called_with("ListEvents") == [{"mount_id": MOUNT_ID, "limit": 2, "cursor": "8"}]
+    service.answers["ListEvents"] = Answer("aa{sv}s", [variants(uid=True)], "")
+    with pytest.raises(errors.Failed, match="uid"):
+        await client.list_events()
+
+
+@pytest.mark.parametrize(
+    ("member", "signature", "values"),
+    [
+        ("ListVms", "aa{sv}s", [[variants(backups="many")], ""]),
+        ("ListRepositories", "aa{sv}", [[variants(enabled="yes")]]),
+        ("GetResources", "a{sv}", [variants(devices=["/dev/loop0"])]),
+        ("ListEvents", "aa{sv}s", [[variants(at="now")], ""]),
+        ("InUse", "aa{sv}", [[variants(file=7)]]),
+        ("CleanupNow", "s", ["4"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_answers_of_the_manager_in_another_form_are_refused(
+    service: FakeService, client: Client, member: str, signature: str, values: list[object]
+) -> None:
+    service.answers[member] = Answer(signature, *values)
+    methods: dict[str, Callable[[], Awaitable[object]]] = {
+        "ListVms": client.list_vms,
+        "ListRepositories": client.list_repositories,
+        "GetResources": client.resources,
+        "ListEvents": client.list_events,
+        "InUse": client.in_use,
+        "CleanupNow": client.cleanup_now,
+    }
+    with pytest.raises(errors.Failed):
+        await methods[member]()
+
+
+async def test_a_mount_that_waits_for_room_has_no_deadline(bus_address: str, service: FakeService) -> None:
+    service.answers["Mount"] = HANG
+    async with await Client.connect(bus_address, timeouts=Timeouts(call=0.05, long=0.05)) as client:
+        waiting = asyncio.create_task(client.mount("b", idle_timeout=7200, wait=True, on_behalf_of="eva"))
+        with pytest.raises(errors.Timeout):
+            await client.mount("b")
+        assert not waiting.done()
+        first = next(call for call in service.calls if call.body[1])
+        assert first.body[1]["idle_timeout"].signature == "t"
+        assert {key: value.value for key, value in first.body[1].items()} == {
+            "idle_timeout": 7200,
+            "wait": True,
+            "on_behalf_of": "eva",
+        }
+        await service.reply(first, Answer("o", object_of(MOUNT_ID)))
+        assert await waiting == MOUNT_ID
+
+
+async def test_methods_of_a_mount_can_speak_for_somebody(service: FakeService, client: Client, file: Path) -> None:
+    service.answers |= {
+        "ListFiles": Answer("a(sstuxsa{sv})s", [], ""),
+        "OpenListing": service.stream(summary(0)),
+        "ValidatePath": Answer("s", "/disk/a"),
+        "GetFileInfo": Answer("a{sv}", {}),
+        "OpenFile": lambda _: Answer("ha{sv}", 0, {}, fds=(service.open(file),)),
+        "KeepAlive": Answer(),
+        "Unmount": Answer(),
+    }
+    for name in ("", "eva"):
+        await client.list_files(MOUNT_ID, "/", on_behalf_of=name)
+        (await client.listing(MOUNT_ID, "/", on_behalf_of=name)).close()
+        assert await client.validate_path(MOUNT_ID, "//disk/./a", on_behalf_of=name) == "/disk/a"
+        await client.file_info(MOUNT_ID, "/disk/a", on_behalf_of=name)
+        os.close((await client.open_file(MOUNT_ID, "/disk/a", on_behalf_of=name))[0])
+        await client.keep_alive(MOUNT_ID, on_behalf_of=name)
+        await client.unmount(MOUNT_ID, on_behalf_of=name)
+        options = {"on_behalf_of": "eva"} if name else {}
+        assert [service.called_with(member)[-1] for member in service.answers] == [options] * 7
 
 
 async def test_unmount_says_force_only_when_asked(service: FakeService, client: Client) -> None:
@@ -403,6 +518,7 @@ async def test_a_call_cancelled_as_its_answer_arrives_leaves_no_descriptor(
     with pytest.raises(asyncio.CancelledError):
         await call
     assert brought
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
