@@ -11,7 +11,7 @@ from . import children
 from .bus import CHECKOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from .bus import PrivateBus
@@ -31,15 +31,21 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    bus: PrivateBus, directory: Path, settings: str = "", *, python: str = sys.executable
+    bus: PrivateBus,
+    directory: Path,
+    settings: str = "",
+    *,
+    python: str = sys.executable,
+    program: Sequence[str] = ("-m", "sendense_restored.daemon"),
 ) -> Iterator[Service]:
     """A daemon on ``bus`` for as long as the context, ready when this yields.
 
     Its configuration, database and log lie in ``directory``; ``settings`` is TOML that is added to the configuration.
+    ``program`` is what Python runs; a test may put one there that runs the daemon in a way of its own.
     """
     configuration, database, log = directory / "restored.toml", directory / "restore.db", directory / "daemon.log"
     configuration.write_text(f'[database]\nurl = "sqlite:///{database}"\n{settings}', encoding="utf-8")
-    argv = [python, "-s", "-P", "-m", "sendense_restored.daemon", "--debug", "--config", str(configuration)]
+    argv = [python, "-s", "-P", *program, "--debug", "--config", str(configuration)]
     environment = {**bus.environment, "PYTHONPATH": str(CHECKOUT)}
     with children.running(argv, log=log, environment=environment) as process:
         try:
