@@ -228,10 +228,10 @@ class Mount:
         self._streams.discard(task)
         self._house.changed(self)
 
-    async def streams_ended(self) -> None:
-        """Wait until no stream is followed any more; they end with the reader at the latest."""
+    async def streams_ended(self, seconds: float | None = None) -> None:
+        """Wait until no stream is followed any more, or time is up; they end with the reader at the latest."""
         if self._streams:
-            await asyncio.wait(self._streams)
+            await asyncio.wait(self._streams, timeout=seconds)
 
     def _record(
         self,

@@ -48,6 +48,7 @@ FAILED_STAYS = 600.0
 """Seconds that the object of a failed mount stays to tell why."""
 _MOST_FAILED = 32
 _TRY_AGAIN = 60.0
+_LAST_WORDS = 0.5
 _MOST_CLAIMS = 256
 """On one mount; each is a row, and a part of what everybody is told who looks at it."""
 _WRITTEN_EVERY = 60.0
@@ -404,6 +405,9 @@ class Mounts:
     async def _take_down(self, mount: Mount, *, force: bool) -> None:
         """Take the layers of a mount away. Raises a RestoreError, with the mount as it was if it could be made so."""
         session = mount.session
+        if not force:
+            # Who has read a stream to its end knows that it has ended a moment before we do.
+            await mount.streams_ended(_LAST_WORDS)
         if not force and mount.streams:
             raise errors.Busy("a listing of it runs; read it to its end, close it, or unmount by force")
         before = session.state

@@ -12,7 +12,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from .codec import MOST_SENT, Incoming, MessageFlag, MessageType, WireError, encode
+from .codec import MOST_SENT, Incoming, MessageFlag, MessageType, WireError, close_all, encode
 from .connection import BusError, Connection
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Caller:
     async def ask(self, member: str, signature: str = "", *body: object) -> list[Any]:
         """Call a method of the bus itself. Raises BusCallError, TimeoutError, BusError."""
         message = await self.call(DRIVER, DRIVER_PATH, DRIVER, member, signature, body, seconds=_SECONDS)
-        message.release()
+        close_all(message.take())  # a pidfd of a caller, from the bus itself: no stranger's
         return message.body()
 
     async def match(self, sender: str, path: str, interface: str, member: str, **arguments: str) -> None:

@@ -27,7 +27,7 @@ _IDLE = 5.0  # seconds after which a thread with nothing to do ends
 
 _waiting: SimpleQueue[int] = SimpleQueue()
 _lock = threading.Condition()
-_threads = _idle = _open = 0
+_threads = _open = 0  # of the latter, those that are being closed as well
 
 
 def close_foreign(fds: Sequence[int]) -> None:
@@ -46,12 +46,12 @@ def settle() -> None:
 
 
 def _see_to_it(descriptor: int) -> None:
-    """Start a thread unless one is there to take it."""
+    """Have it closed, by a new thread unless there is one for each that is open."""
     global _threads, _open  # noqa: PLW0603 - descriptors belong to the process, and so does this
     with _lock:
         _open += 1
         _waiting.put(descriptor)
-        if _waiting.qsize() <= _idle:
+        if _open <= _threads:
             return
         if _threads == MOST_THREADS:
             log.warning("descriptors that others have sent cannot be closed; some stay open")
@@ -61,21 +61,16 @@ def _see_to_it(descriptor: int) -> None:
 
 
 def _work() -> None:
-    global _threads, _idle, _open  # noqa: PLW0603 - as above
+    global _threads, _open  # noqa: PLW0603 - as above
     while True:
-        with _lock:
-            _idle += 1
         try:
             descriptor = _waiting.get(timeout=_IDLE)
         except Empty:
             with _lock:
-                _idle -= 1
                 if _waiting.empty():
                     _threads -= 1
                     return
             continue
-        with _lock:
-            _idle -= 1
         os.close(descriptor)
         with _lock:
             _open -= 1
