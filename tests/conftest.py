@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sendense_restored.wire import closing
 from tools.lab import leftovers
 
 with warnings.catch_warnings():
@@ -40,6 +41,7 @@ def nothing_left() -> Iterator[None]:
     """The first fixture of a test and so the last to end: whatever the others made is gone by then."""
     before = leftovers.of_this_process()
     yield
+    closing.settle()
     if left := leftovers.left_by_this_process(before):
         pytest.fail("left behind: " + ", ".join(left))
 

@@ -132,6 +132,7 @@ async def test_an_answer_as_long_as_any_arrives_and_a_longer_one_costs_only_itse
     before = of_this_process()
     with pytest.raises(errors.Failed, match="AddRepository"):
         await client.add_repository("nas", "/srv")
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
     assert await client.add_repository("nas", "/srv") == "short"
 
@@ -399,6 +400,7 @@ async def test_when_the_bus_dies_pending_and_later_calls_are_unavailable(mortal_
         with pytest.raises(errors.Unavailable):
             await client.list_mounts()
         client.close()
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
@@ -417,6 +419,7 @@ async def test_no_bus_is_unavailable(tmp_path: Path) -> None:
     before = of_this_process()
     with pytest.raises(errors.Unavailable, match="message bus"):
         await Client.connect(f"unix:path={tmp_path}/nothing")
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
@@ -447,6 +450,7 @@ async def test_an_opened_file_belongs_to_the_caller_alone(service: FakeService, 
     assert not os.get_inheritable(fd)
     assert info.size == 7
     os.close(fd)
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
@@ -468,6 +472,7 @@ async def test_an_answer_that_makes_no_sense_leaves_no_descriptor(
     before = of_this_process()
     with pytest.raises(errors.Failed):
         await client.open_file(MOUNT_ID, "/partition-1/file")
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
@@ -480,6 +485,7 @@ async def test_descriptors_beyond_the_one_asked_for_are_closed(
     fd, _ = await client.open_file(MOUNT_ID, "/partition-1/file")
     await client.list_mounts()
     os.close(fd)
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
 
 
@@ -494,6 +500,7 @@ async def test_an_answer_that_comes_too_late_leaves_no_descriptor(
             await impatient.open_file(MOUNT_ID, "/partition-1/file")
         await service.reply(service.calls[-1], late)
         await impatient.list_mounts()  # answered after the late one
+        await asyncio.to_thread(closing.settle)
         assert of_this_process() == before
 
 
@@ -543,4 +550,5 @@ async def test_descriptors_that_nobody_asked_for_are_closed(service: FakeService
     before = of_this_process()
     await service.send(unasked)
     await client.list_mounts()  # answered after it has arrived
+    await asyncio.to_thread(closing.settle)
     assert of_this_process() == before
