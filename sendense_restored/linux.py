@@ -1,7 +1,7 @@
 """System calls that Python lacks: calls and their constants, no policy.
 
 Every function raises OSError with the kernel's errno. Numbers are from the kernel's uapi headers and are the same
-on all architectures unless said otherwise.
+on all architectures unless said otherwise. A reader imports this at its start, which has to be quick: no pathlib.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import os
 import stat
 import struct
-from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -97,7 +96,9 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
-def mount(source: str, target: Path | str, fstype: str | None, flags: int = 0, data: str | None = None) -> None:
+def mount(
+    source: str, target: os.PathLike[str] | str, fstype: str | None, flags: int = 0, data: str | None = None
+) -> None:
     """Attach a file system; the arguments are those of the system call."""
     _check(
         _libc.mount(
@@ -111,7 +112,7 @@ def mount(source: str, target: Path | str, fstype: str | None, flags: int = 0, d
     )
 
 
-def umount(target: Path | str, flags: int = 0) -> None:
+def umount(target: os.PathLike[str] | str, flags: int = 0) -> None:
     """Detach a file system, as umount2(2) has it."""
     _check(_libc.umount2(os.fsencode(target), flags), os.fspath(target))
 
@@ -124,9 +125,10 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 def mount_id(descriptor: int) -> int:
     """The id of the mount that an open descriptor belongs to (proc_pid_fdinfo(5))."""
-    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines():
-        if line.startswith("mnt_id:"):
-            return int(line.split()[1])
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:  # noqa: PTH123
+        for line in lines:
+            if line.startswith("mnt_id:"):
+                return int(line.split()[1])
     raise OSError(errno.EBADF, "no mnt_id in fdinfo")
 
 

@@ -252,9 +252,12 @@ class Session:
             await self._reader.take_back()
 
     async def _unmount_volumes(self) -> None:
-        # All volumes are unmounted before any device goes, so that a refusal can be undone.
-        for volume in self.volumes.values():
-            await volume.unmount()
+        # All volumes are unmounted before any device goes, so that a refusal can be undone. gather waits for all of
+        # them; of several refusals any will do, but one that is no Busy stops the mount from being made whole again.
+        attempts = [volume.unmount() for volume in self.volumes.values()]
+        refusals = [found for found in await asyncio.gather(*attempts, return_exceptions=True) if found is not None]
+        for refusal in sorted(refusals, key=lambda refusal: isinstance(refusal, errors.Busy)):
+            raise refusal
 
     async def _close_devices(self) -> None:
         for volume in self.volumes.values():

@@ -47,6 +47,9 @@ class Loop:
     path: Path
     read_only: bool
 
+    def set_read_only(self, *, refuse: bool) -> None:
+        run("blockdev", "--setro" if refuse else "--setrw", self.path)
+
     def sectors_written(self) -> int:
         return int(Path("/sys/block", self.path.name, "stat").read_text(encoding="ascii").split()[6])
 

@@ -138,6 +138,9 @@ class Unused:
     path = Path("/nonexistent")
     read_only = False
 
+    def set_read_only(self, *, refuse: bool) -> None:
+        raise AssertionError(refuse)
+
     def sectors_written(self) -> int:
         raise AssertionError
 

@@ -54,7 +54,7 @@ __all__ = ["MountRefused", "Mounted", "View", "mount", "needs_writable"]
 
 log = logging.getLogger(__name__)
 
-REQUIRED_TOOLS: Final = {"mount": "mount", "umount": "mount", "blockdev": "util-linux", "stat": "coreutils"}
+REQUIRED_TOOLS: Final = {"mount": "mount", "umount": "mount", "stat": "coreutils"}
 OPTIONAL_TOOLS: Final = ("ntfs-3g", "ntfs-3g.probe")
 
 View = Literal["clean", "replayed", "as-crashed"]
@@ -115,7 +115,7 @@ class _Mounting:
         if self.journal == "as-crashed" or self.device.read_only:
             await self._mount(*self.policy.unreplayed)
             return self._mounted("as-crashed")
-        await self._set_read_only("--setro")
+        self._set_read_only(refuse=True)
         try:
             await self._mount()
         except MountRefused as refusal:
@@ -125,15 +125,15 @@ class _Mounting:
         else:
             return self._mounted("clean")
         finally:
-            await self._set_read_only("--setrw")
+            self._set_read_only(refuse=False)
         before = self.device.sectors_written()
         await self._mount()
         return self._mounted("replayed" if self.device.sectors_written() != before else "clean")
 
-    async def _set_read_only(self, flag: str) -> None:
+    def _set_read_only(self, *, refuse: bool) -> None:
         try:
-            await self.tools.run(_MOUNT_JAIL, "blockdev", flag, str(self.device.path), seconds=self.seconds)
-        except ToolError as error:
+            self.device.set_read_only(refuse=refuse)
+        except OSError as error:
             raise internal("preparing a volume's device", error) from error
 
     async def _mount(self, *more: str) -> None:

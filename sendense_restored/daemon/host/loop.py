@@ -20,6 +20,8 @@ from sendense_restored import errors
 if TYPE_CHECKING:
     from .udev import BlockEvents
 
+# <linux/fs.h>
+_BLKROSET = 0x125D
 # <linux/loop.h>
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
@@ -41,6 +43,9 @@ class BlockDevice(Protocol):
     @property
     def read_only(self) -> bool:
         """Whether the kernel refuses to write to it."""
+
+    def set_read_only(self, *, refuse: bool) -> None:
+        """Have the kernel refuse writes to it from now on, or not any more. Raises OSError."""
 
     def sectors_written(self) -> int:
         """Sectors of 512 bytes written through this node, by its earlier uses too: compare two readings."""
@@ -97,6 +102,10 @@ class LoopDevice:
         finally:
             os.close(control)
         raise errors.NoDevice("no loop device is free; unmount something and try again")
+
+    def set_read_only(self, *, refuse: bool) -> None:
+        """See ``BlockDevice``. A flag of the kernel's: whoever serves the device has no part in it."""
+        fcntl.ioctl(self._descriptor, _BLKROSET, struct.pack("i", refuse))
 
     def sectors_written(self) -> int:
         """See ``BlockDevice``; field 7 of the stat file."""

@@ -138,21 +138,19 @@ class Tools:
         The jail is made by util-linux' own tools, one exec after the other, so no Python runs between fork and exec.
         """
         program = name if "/" in name else self.paths[name]
-        # First of all, so that the daemon's death never leaves it behind. A change of uid clears the signal, and
-        # setpriv sets it again: whoever lost the daemon in between is stopped by the last link of the chain.
-        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--"]
         limits = [f"--data={jail.memory}", f"--nofile={jail.files}", f"--nproc={jail.processes}", "--core=0"]
         if jail.cpu is not None:
             limits.append(f"--cpu={jail.cpu}")
         if jail.file_size is not None:
             limits.append(f"--fsize={jail.file_size}")
-        command += [self.paths["prlimit"], *limits, "--"]
+        command = [self.paths["prlimit"], *limits, "--"]
         spaces = [] if jail.network else ["--net"]
         if jail.own_mounts:
             spaces += ["--mount", "--propagation=slave"]
         if spaces:
             command += [self.paths["unshare"], *spaces, "--"]
         kept = "".join(f",+{capability}" for capability in sorted(jail.capabilities))
+        # From here on the daemon's death kills it; one that came earlier is found out by the last link of the chain.
         command += [self.paths["setpriv"], "--no-new-privs", "--pdeathsig=KILL", f"--bounding-set=-all{kept}"]
         command.append(f"--inh-caps=-all{kept}")
         if jail.uid != 0:

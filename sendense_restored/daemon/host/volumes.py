@@ -200,8 +200,12 @@ async def discover(tools: Tools, config: Config, node: Path, size: int, *, prefi
     with ``prefix`` (``disk-D``) if that is not empty. Raises errors.Failed if the device cannot be read.
     """
     prober = _Prober(tools, node, config.attach.probe_uid, config.attach.timeout)
-    table = await prober.table()
-    whole = await prober.signature(0, size)
+    # gather waits for both even if one fails: the caller takes the node away next.
+    table, whole = await asyncio.gather(prober.table(), prober.signature(0, size), return_exceptions=True)
+    if isinstance(table, BaseException):
+        raise table
+    if isinstance(whole, BaseException):
+        raise whole
     if not _table_counts(table, whole):
         return (_whole_disk(whole, table, size, prefix),)
     partitions = [entry for entry in table.partitions if entry.type not in _FRAMES.get(table.label, ())]
