@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .authority import Authority
-    from .bus import Bus, Call, Reply, Variant
+    from .bus import Bus, Call, Reply, Rows, Variant
     from .catalog import Catalog
     from .events import Events
     from .mount import Mount
@@ -393,14 +393,14 @@ class MountObject(Exported, interface=f"{BUS_NAME}.Mount"):
         results=("entries", "cursor"),
         options={"limit": "u", "cursor": "s", **_BEHALF},
     )
-    async def list_files(self, call: Call, path: str, options: dict[str, Any]) -> tuple[list[list[Any]], str]:
+    async def list_files(self, call: Call, path: str, options: dict[str, Any]) -> tuple[Rows, str]:
         listing = await self._mount.list(
             _actor(call, options),
             names.parse_path(path),
             limit=packing.limit(options, 1000, _MOST_ENTRIES),
             cursor=options.get("cursor", ""),
         )
-        return [packing.entry(entry) for entry in listing.entries], listing.cursor
+        return await packing.rows(listing.entries), listing.cursor
 
     @method(
         "OpenListing",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sendense_restored import config, errors
 from sendense_restored.reader.protocol import Filters, check_filters
 
-from .bus import Variant, variant
+from .bus import Rows, Variant, variant
 from .exported import unpack
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ _RESOURCES = {
 }
 _DEVICE = {"path": "s", "state": "s", "mount": "s"}
 _CLAIM = {"uid": "u", "on_behalf_of": "s", "since": "x", "expires": "x"}
+_ROWS_AT_ONCE = 500
 _EXTRAS = {"unreadable": "s", "display_name": "s", "nlink": "u", "time_clamped": "b"}
 
 
@@ -287,8 +289,16 @@ def volume(volume: SessionVolume) -> dict[str, Variant]:
     )
 
 
-def entry(entry: Entry) -> list[Any]:
-    """As ListFiles has it."""
+async def rows(entries: Sequence[Entry]) -> Rows:
+    """As ListFiles has them. The event loop goes round in between: a long page must not hold it."""
+    packed = Rows()
+    for start in range(0, len(entries), _ROWS_AT_ONCE):
+        packed.add([_row(entry) for entry in entries[start : start + _ROWS_AT_ONCE]])
+        await asyncio.sleep(0)
+    return packed
+
+
+def _row(entry: Entry) -> list[Any]:
     extras = {key: variant(_EXTRAS[key], value) for key, value in entry.extras.items()}
     return [entry.name, entry.kind, entry.size, entry.mode, entry.mtime_ns, entry.target, extras]
 

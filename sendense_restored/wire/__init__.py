@@ -20,6 +20,7 @@ from .codec import (
     variant,
 )
 from .connection import BusError, Connection
+from .marshal import Rows
 
 __all__ = [
     "DRIVER",
@@ -31,6 +32,7 @@ __all__ = [
     "Incoming",
     "MessageFlag",
     "MessageType",
+    "Rows",
     "TooLongError",
     "Variant",
     "WireError",

@@ -283,14 +283,36 @@ def _extras(extras: dict[str, Variant]) -> bytes:
     return found
 
 
-def _write_rows(out: bytearray, rows: Sequence[Sequence[Any]]) -> None:
-    if not isinstance(rows, list | tuple):
+class Rows:
+    """The rows of a listing, marshalled some at a time: a value for ``ROWS`` that no step of making takes long."""
+
+    __slots__ = ("content",)
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        """The rows without the array's length; padding counts from a multiple of 8, where an array's items begin."""
+
+    def add(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Raises one of ``UNENCODABLE``."""
+        _add_rows(self.content, rows)
+
+
+def _write_rows(out: bytearray, rows: Rows | Sequence[Sequence[Any]]) -> None:
+    if not isinstance(rows, Rows | list | tuple):
         raise TypeError(f"{rows!r} is no list")
     out += _PADDING[-len(out) & 3]
     at = len(out)
     out += b"\0\0\0\0"
     out += _PADDING[-len(out) & 7]
     start = len(out)
+    if isinstance(rows, Rows):
+        out += rows.content
+    else:
+        _add_rows(out, rows)
+    _COUNT.pack_into(out, at, len(out) - start)
+
+
+def _add_rows(out: bytearray, rows: Sequence[Sequence[Any]]) -> None:
     known, count = _kept_rows, _COUNT.pack
     for name, kind, size, mode, mtime, target, extras in rows:
         if "\0" in name or "\0" in kind or "\0" in target:
@@ -310,7 +332,6 @@ def _write_rows(out: bytearray, rows: Sequence[Sequence[Any]]) -> None:
             out += row + count(len(entries)) + gap + entries
         else:
             out += row + b"\0\0\0\0" + gap
-    _COUNT.pack_into(out, at, len(out) - start)
 
 
 _BY_HAND: dict[str, _Write] = {"a{sv}": _write_options, ROWS: _write_rows}

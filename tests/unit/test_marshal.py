@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sendense_restored.wire import MessageType, WireError, check, encode, variant
-from sendense_restored.wire.marshal import ROWS, UNENCODABLE, marshal
+from sendense_restored.wire.marshal import ROWS, UNENCODABLE, Rows, marshal
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 BASIC: dict[str, st.SearchStrategy[Any]] = {
@@ -75,7 +75,12 @@ ROW = st.tuples(TEXT, TEXT, BASIC["t"], BASIC["u"], BASIC["x"], TEXT, EXTRAS).ma
 @example("", [["a", "k" * length, 1, 2, 3, "", {"nlink": Variant("u", 2)}] for length in range(20)], "c")
 def test_the_rows_of_a_listing_are_as_the_library_has_them(before: str, rows: list[list[Any]], after: str) -> None:
     signature, body = f"s{ROWS}s", [before, rows, after]
-    assert marshal(signature, body) == Marshaller(signature, body).marshall()
+    expected = Marshaller(signature, body).marshall()
+    assert marshal(signature, body) == expected
+    in_parts = Rows()
+    for part in (rows[:3], [], rows[3:]):
+        in_parts.add(part)
+    assert marshal(signature, [before, in_parts, after]) == expected
 
 
 GOOD_ROW = ["name", "file", 1, 0o644, 5, "", {}]
