@@ -95,6 +95,8 @@ class Simulator:
     things: list[_Thing] = field(default_factory=list)
     swept: list[set[str]] = field(default_factory=list)
     """The mounts that were alive when it was swept."""
+    room_asked: list[tuple[int, int]] = field(default_factory=list)
+    """For how many mounts and disks room was asked."""
     _gates: dict[str, Gate] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -177,8 +179,8 @@ class Simulator:
         del repository, seconds
         return function()
 
-    def check_room(self, disks: int) -> None:
-        del disks
+    def check_room(self, mounts: int, disks: int) -> None:
+        self.room_asked.append((mounts, disks))
         self.check("room")
 
     async def holders(self, mount_ids: Collection[int]) -> list[Reading]:

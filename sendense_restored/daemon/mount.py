@@ -187,6 +187,7 @@ class Mount:
 
         Closing it cancels the stream. Raises LimitReached besides what ``list`` raises.
         """
+        self.touch(actor)
         most = self._house.config.limits.listings
         if self.streams >= most:
             raise errors.LimitReached(f"{most} listings of this mount run already; read one to its end or close it")

@@ -195,7 +195,9 @@ class Mounts:
 
     def _begin(self, wish: Wish, actor: Actor, timeout: float) -> Mount:
         """Register a mount and start to build it, in one step without an await: one flight per key."""
-        self.machine.check_room(len(wish.disks))
+        # Those that are being built have not taken yet what they will need.
+        begun = [mount.session.wish for mount in self if mount.session.state is State.MOUNTING]
+        self.machine.check_room(len(begun) + 1, sum(len(each.disks) for each in (*begun, wish)))
         for old in self:
             # It has told why for long enough if somebody tries the same again.
             if old.session.state is State.FAILED and old.session.wish.key == wish.key and not old.session.standing:
@@ -305,6 +307,8 @@ class Mounts:
         state, lease = mount.session.state, mount.lease
         if self._stopping or mount.id not in self._mounts or mount.closing is not None:
             return
+        if lease.held:
+            self.used(mount)
         if state is State.FAILED and self.clock.now() >= mount.failed_at + FAILED_STAYS:
             mount.failed_at = self.clock.now()
             with contextlib.suppress(errors.RestoreError):  # a part of it is left; the next time, then

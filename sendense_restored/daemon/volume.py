@@ -65,8 +65,8 @@ class Machine(Protocol):
     async def mount(self, volume: Volume, device: BlockDevice, where: Path, journal: Journal) -> Mounted:
         """Mount a volume; raises MountRefused."""
 
-    def check_room(self, disks: int) -> None:
-        """See whether there is enough for a mount of so many disks. Raises NoSpace or LimitReached."""
+    def check_room(self, mounts: int, disks: int) -> None:
+        """See whether there is enough for so many mounts with so many disks in all. Raises NoSpace, LimitReached."""
 
     async def resources(self) -> Resources:
         """What is used and what there is."""

@@ -157,7 +157,7 @@ async def test_what_a_mount_takes_is_seen(chain: Chain, host: Machine, settings:
     after = await host.resources()
     assert (after.overlay_used, after.overlay_limit, after.uids_free) == (0, 0, before.uids_free)
     assert after.open_fds == before.open_fds
-    host.check_room(1)
+    host.check_room(1, 1)
 
 
 # --- where overlays lie

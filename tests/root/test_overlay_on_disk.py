@@ -172,11 +172,11 @@ def test_a_disk_that_is_nearly_full_takes_no_more_overlays(tmp_path: Path, runti
     small.mkdir()
     linux.mount("small", small, "tmpfs", 0, "size=200m")
     try:
-        resources.check_room(1, depth=1, uids_free=1, overlay_dir=small)
+        resources.check_room(1, 1, depth=1, uids_free=1, overlay_dir=small)
         with pytest.raises(errors.NoSpace, match="200 MiB") as refusal:
-            resources.check_room(2, depth=1, uids_free=1, overlay_dir=small)
+            resources.check_room(1, 2, depth=1, uids_free=1, overlay_dir=small)
         assert str(small) not in refusal.value.message
-        resources.check_room(2, depth=1, uids_free=1, overlay_dir=plenty)
-        resources.check_room(2, depth=1, uids_free=1, overlay_dir=small / "missing")
+        resources.check_room(1, 2, depth=1, uids_free=1, overlay_dir=plenty)
+        resources.check_room(1, 2, depth=1, uids_free=1, overlay_dir=small / "missing")
     finally:
         linux.umount(small)

@@ -287,6 +287,21 @@ async def test_what_the_machine_has_no_room_for_is_not_begun(house: House) -> No
     assert house.mounts.places.queued == 0
 
 
+async def test_room_is_asked_for_together_with_those_that_are_being_made(house: House) -> None:
+    gate = house.simulator.stop_at("attach")
+    first = start(house.mount(ANNA, "b2", all_disks=True))
+    await gate.reached.wait()
+    second = start(house.mount(BERT))
+    await house.becomes(lambda: len(house.simulator.room_asked) == 2)
+    disks = len((await house.store.backup("b2")).disks)
+    assert house.simulator.room_asked == [(1, disks), (2, disks + 1)]
+    gate.open()
+    await first
+    await second
+    await house.mount(ANNA, "b3")
+    assert house.simulator.room_asked[-1] == (1, 1)
+
+
 async def test_one_whose_reader_never_answers_is_forced_at_the_end_of_its_life(house: House) -> None:
     mount = await house.mount(idle_timeout=60)
     house.simulator.refuse["take_back"] = errors.Timeout("the reader does not answer")

@@ -113,26 +113,30 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.usefixtures("roomy")
 def test_where_there_is_room_nothing_is_refused() -> None:
-    resources.check_room(8, depth=512, uids_free=1)
+    resources.check_room(1, 8, depth=512, uids_free=1)
 
 
 @pytest.mark.usefixtures("roomy")
 def test_without_a_uid_for_its_reader_a_mount_is_refused() -> None:
     with pytest.raises(errors.LimitReached, match=r"readers\.uids"):
-        resources.check_room(1, depth=128, uids_free=0)
+        resources.check_room(1, 1, depth=128, uids_free=0)
 
 
 def test_memory_is_kept_for_others_and_more_disks_take_more(roomy: pytest.MonkeyPatch) -> None:
     roomy.setattr(resources, "available_memory", lambda: 300 * MIB)
-    resources.check_room(1, depth=128, uids_free=1)
+    resources.check_room(1, 1, depth=128, uids_free=1)
     with pytest.raises(errors.NoSpace, match="300 MiB"):
-        resources.check_room(2, depth=128, uids_free=1)
+        resources.check_room(1, 2, depth=128, uids_free=1)
+    roomy.setattr(resources, "available_memory", lambda: 400 * MIB)
+    resources.check_room(1, 2, depth=128, uids_free=1)
+    with pytest.raises(errors.NoSpace, match="what has begun"):
+        resources.check_room(2, 2, depth=128, uids_free=1)
 
 
 def test_descriptors_are_counted_with_the_longest_chain_that_may_come(roomy: pytest.MonkeyPatch) -> None:
     roomy.setattr(resources, "fds_limit", lambda: 1024)
-    resources.check_room(4, depth=128, uids_free=1)
+    resources.check_room(1, 4, depth=128, uids_free=1)
     with pytest.raises(errors.LimitReached, match="descriptors"):
-        resources.check_room(8, depth=128, uids_free=1)
+        resources.check_room(1, 8, depth=128, uids_free=1)
     with pytest.raises(errors.LimitReached, match="descriptors"):
-        resources.check_room(2, depth=512, uids_free=1)
+        resources.check_room(1, 2, depth=512, uids_free=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from sendense_restored.daemon.events import Actor
 from sendense_restored.daemon.resume import PAUSE
 from sendense_restored.daemon.session import State
 from sendense_restored.daemon.store import MountStatus
+from sendense_restored.reader.protocol import Filters
 from tests.unit.house import ANNA, BERT, House, lose, opened, serves
 
 if TYPE_CHECKING:
@@ -64,6 +66,23 @@ async def test_mounts_come_back_with_their_ids_and_claims(house: House, how: str
     assert other.session.wish.key == second.session.wish.key
     assert {row.status for row in await house.store.mount_rows()} == {MountStatus.MOUNTED}
     assert await house.mount(ANNA) is again
+
+
+async def test_a_crash_while_a_long_stream_runs_leaves_the_mount_its_time(house: House) -> None:
+    mount = await house.mount(ANNA, idle_timeout=600)
+    directory = house.simulator.attachments[0].volumes[0]
+    for number in range(3000):
+        (directory / f"a-file-with-a-name-of-some-length-{number}").touch()
+    pipe = await mount.open_listing(Actor(ANNA), (b"partition-1",), Filters())
+    for _ in range(100):
+        house.clock.advance(300)
+        await house.settled()
+    await house.crash()
+    os.close(pipe)
+    house.begin()
+    house.clock.advance(299)
+    assert await house.resume.load() == 1
+    await built(house, house.mounts.get(mount.id))
 
 
 @both_ways

@@ -81,9 +81,10 @@ class Machine:
         await self._shells.close()
         await self._keeper.close()
 
-    def check_room(self, disks: int) -> None:
-        """See whether there is enough for a mount of so many disks. Raises NoSpace or LimitReached."""
+    def check_room(self, mounts: int, disks: int) -> None:
+        """See whether there is enough for so many mounts with so many disks in all. Raises NoSpace, LimitReached."""
         resources.check_room(
+            mounts,
             disks,
             depth=self._config.image.chain_depth,
             uids_free=self._readers.uids_free,

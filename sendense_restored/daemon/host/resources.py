@@ -54,28 +54,29 @@ class Resources:
     """For readers."""
 
 
-def check_room(disks: int, *, depth: int, uids_free: int, overlay_dir: Path | None = None) -> None:
-    """Raises NoSpace or LimitReached if a mount of so many disks would use up what there is.
+def check_room(mounts: int, disks: int, *, depth: int, uids_free: int, overlay_dir: Path | None = None) -> None:
+    """Raises NoSpace or LimitReached if so many mounts, with so many disks in all, would use up what there is.
 
-    ``depth`` is the most layers that each disk may have. ``overlay_dir`` is on a disk of this machine, which is asked
-    at once; one that is not there is left to whoever makes an overlay.
+    They are those that have begun, whatever they have taken by now, and the one that is asked for. ``depth`` is the
+    most layers that each disk may have. ``overlay_dir`` is on a disk of this machine, which is asked at once; one
+    that is not there is left to whoever makes an overlay.
     """
     if not uids_free:
         raise errors.LimitReached("no uid is free for another reader; unmount something or widen readers.uids")
-    needed = _MEMORY_OF_A_MOUNT + disks * _MEMORY_OF_A_DISK + _MEMORY_RESERVE
+    needed = mounts * _MEMORY_OF_A_MOUNT + disks * _MEMORY_OF_A_DISK + _MEMORY_RESERVE
     if (available := available_memory()) < needed:
         raise errors.NoSpace(
-            f"{available >> 20} MiB of memory are left to the service, and this mount may need {needed >> 20};"
-            " unmount something, or give it more"
+            f"{available >> 20} MiB of memory are left to the service, and this and what has begun may need"
+            f" {needed >> 20}; unmount something, or give it more"
         )
     free = _free_space(overlay_dir) if overlay_dir is not None else None
     if free is not None and free < (needed := disks * _OVERLAY_OF_A_DISK + _OVERLAY_RESERVE):
         raise errors.NoSpace(
-            f"the disk for overlays has {free >> 20} MiB left, and this mount may need {needed >> 20};"
+            f"the disk for overlays has {free >> 20} MiB left, and this and what has begun may need {needed >> 20};"
             " unmount something, or make room there"
         )
     left = fds_limit() - open_fds() - _FDS_RESERVE
-    if left < _FDS_OF_A_MOUNT + disks * (_FDS_OF_A_DISK + depth):
+    if left < mounts * _FDS_OF_A_MOUNT + disks * (_FDS_OF_A_DISK + depth):
         raise errors.LimitReached("the service is short of file descriptors; unmount something, or raise its limit")
 
 
