@@ -13,6 +13,8 @@ take_away() {
     for volume in $volumes; do losetup --detach "${volume#*:}"; done
     if [ -n "$pid" ]; then
         kill "$pid"
+        # Its signal handler only sets a flag, which its main loop may just have looked at: have it go round once more.
+        [ -e "$work/disk" ] || :
         read -r _ <&8 || :
     fi
     rm -r "$work"
