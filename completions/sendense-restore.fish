@@ -8,7 +8,7 @@ function __sendense_restore_given # the words before the cursor that are neither
             set skip no
         else if test $ended = no -a "$word" = --
             set ended yes
-        else if test $ended = no; and string match -q -- '-?*' $word
+        else if test $ended = no; and string match -qr -- '^-.' $word
             if contains -- $word --depth --disk --idle-timeout --journal --kind --limit --max-depth --max-size --min-size --mount --name --newer --older --on-behalf-of --parent --repository --status --vm
                 set skip yes
             end

@@ -65,8 +65,8 @@ def service(service: FakeService) -> FakeService:
     return service
 
 
-# What a shell makes of keys that arrive while it works depends on the load of the machine (zsh), and fish 4 waits for
-# answers of a terminal that we are not: so only bash is asked each time.
+# What zsh makes of keys that arrive while it works depends on the load of the machine, and fish is slow to start: so
+# only bash is asked each time.
 @pytest.fixture(params=["bash", *(pytest.param(name, marks=pytest.mark.long) for name in ("zsh", "fish"))])
 def shell(request: pytest.FixtureRequest, bus_address: str, tmp_path: Path) -> Typist:
     """Types a line into an interactive shell and leaves it; gives what the terminal showed."""
