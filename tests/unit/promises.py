@@ -162,6 +162,15 @@ class Promised:
     def use(self, now: float) -> None:
         self.used, self.not_before, self.back_off = now, -math.inf, FIRST_BACK_OFF
 
+    def wrote(self, used: float, written_at: float, claims: dict[Holder, tuple[float, float]], now: float) -> None:
+        """How often it is written that a stream goes on is not promised, but that nothing of it has run out."""
+        assert claims.keys() == self.written.keys()
+        for holder, (timeout, expires) in claims.items():
+            assert timeout == self.claims[holder].timeout
+            assert now - 1 < expires <= now + timeout
+            self.written[holder] = replace(self.written[holder], timeout=timeout, used=expires - timeout)
+        self.written_used, self.written_at = used, written_at
+
     def write_down(self, now: float) -> None:
         self.written = {holder: self.kept(claim, now).in_whole_seconds() for holder, claim in self.claims.items()}
         self.written_used = math.floor(self.used)
@@ -188,6 +197,7 @@ class Model:
         """When each has ended, and how the reason begins."""
         self.draining: list[Draining] = []
         self.queue: list[Client] = []
+        self._looked = clock.now()
         self.broken = False
         """Whether nothing can be mounted just now."""
         self.pipes: list[int] = []
@@ -268,7 +278,6 @@ class Model:
         mount.use(self.now)
 
     def stream(self, mount: Promised, holder: Holder, pipe: int) -> None:
-        self._use(mount, holder)
         mount.streams.append((pipe, holder))
 
     def stream_ended(self, mount: Promised, pipe: int) -> None:
@@ -400,8 +409,15 @@ class Model:
     # --- what follows -------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """Until nothing more is due at this moment."""
-        while self._due() or self._grant() or self._make():
+        """Until nothing more is to be done at this moment.
+
+        If time has passed, what is due comes first; what people ask for makes deadlines that are met only when they
+        have got it: two who ask at once find the same.
+        """
+        while self._looked < self.now and self._due():
+            pass
+        self._looked = self.now
+        while self._grant() or self._make() or self._due():
             pass
 
     def _due(self) -> bool:

@@ -40,11 +40,12 @@ from tests.unit.house import ANNA, BERT, CARL, CORE_TASKS, DISKS, House, start
 from tests.unit.promises import FULL, WHOLE, Client, Key, Model, Promised, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
+    from datetime import datetime
 
     from sendense_restored.daemon.mount import Mount
     from sendense_restored.daemon.session import State
-    from sendense_restored.daemon.store import Store
+    from sendense_restored.daemon.store import ClaimRow, Store
 
 MOMENT = 1 / 64
 """Seconds between two steps; exact in binary and in microseconds."""
@@ -265,6 +266,7 @@ class Walk(RuleBasedStateMachine):
         """Let house and model come to rest, and compare what those who asked were told."""
         await self.house.rest()
         self.model.go_on()
+        await self.look_what_streams_wrote()
         for client, task in list(self.clients):
             assert task.done() == (client.told is not None), f"{client} against {task}"
             if client.told is None:
@@ -275,6 +277,28 @@ class Walk(RuleBasedStateMachine):
             else:
                 assert type(task.exception()) is client.told
         await self.streams_are_over()
+
+    async def look_what_streams_wrote(self) -> None:
+        streaming = {name: promised for name, promised in self.model.mounts.items() if promised.streams}
+        for row, claims in await self.house.store.wished() if streaming else ():
+            if promised := streaming.get(row.id):
+                written_at = self.of(promised).written_at
+                promised.wrote(self.by_the_clock(row.last_accessed_at), written_at, self.found(claims), self.now)
+
+    @property
+    def now(self) -> float:
+        return self.house.clock.now()
+
+    def by_the_clock(self, moment: datetime) -> float:
+        return moment.timestamp() - self.house.clock.unix() + self.now
+
+    def found(self, claims: Iterable[ClaimRow]) -> dict[Holder, tuple[float, float]]:
+        """The timeouts of claims as they are written, and when those run out (clock)."""
+        found = {}
+        for claim in claims:
+            assert claim.expires_at is not None
+            found[Holder(claim.uid, claim.on_behalf_of)] = claim.timeout, self.by_the_clock(claim.expires_at)
+        return found
 
     async def streams_are_over(self) -> None:
         """The threads of streams that have ended end, and their readers close them."""
@@ -440,6 +464,7 @@ class Walk(RuleBasedStateMachine):
         holder = self.somebody(promised, who)
         path = (promised.key.volumes[0].encode(), *LONG_PATH)
         listing = self.of(promised).open_listing(Actor(*holder), path, Filters())
+        self.model.touch(promised, holder)
         if len(promised.streams) >= self.model.settings.listings:
             with pytest.raises(errors.LimitReached):
                 await listing
@@ -736,18 +761,15 @@ class Walk(RuleBasedStateMachine):
             assert [entry.name for entry in listing.entries] == ["hostname", "motd"]
 
     async def is_written_as_promised(self) -> None:
-        since = self.house.clock.unix() - self.house.clock.now()
         written = {row.id: (row, claims) for row, claims in await self.house.store.wished()}
         assert set(written) == set(self.model.mounts)
         for name, (row, claims) in written.items():
             promised = self.model.mounts[name]
             assert (str(row.status), row.resume_attempts) == (promised.state, promised.attempts)
             assert (row.backup_id, row.disk_index, row.journal) == promised.key
-            found = {}
-            for claim in claims:
-                assert claim.expires_at is not None
-                found[Holder(claim.uid, claim.on_behalf_of)] = claim.timeout, claim.expires_at.timestamp() - since
-            assert found == {holder: (claim.timeout, claim.expires) for holder, claim in promised.written.items()}
+            assert self.found(claims) == {
+                holder: (claim.timeout, claim.expires) for holder, claim in promised.written.items()
+            }
 
     def room_is_as_promised(self) -> None:
         places, wanted = self.house.mounts.places, self.model.settings
