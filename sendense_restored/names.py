@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .errors import InvalidPath
+from .errors import InvalidOption, InvalidPath
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,6 +82,22 @@ def parse_path(path: str) -> tuple[bytes, ...]:
     if sum(map(len, components)) + len(components) > MAX_PATH:
         raise InvalidPath(f"the path is longer than {MAX_PATH} bytes")
     return components
+
+
+def parse_stream(stream: str) -> bytes:
+    """The name of an alternate stream of an NTFS file, from its text form. Raises InvalidOption."""
+    try:
+        if len(stream) > MAX_NAME:
+            raise InvalidPath("the name is too long")
+        name = to_bytes(stream)
+    except InvalidPath as error:
+        raise InvalidOption(f"stream: {error.message}") from None
+    if not 0 < len(name) <= MAX_NAME or any(byte in name for byte in b"/:\0"):
+        raise InvalidOption(
+            f"stream must be the name of a stream: 1 to {MAX_NAME} bytes, without '/', ':' and NUL; "
+            "GetFileInfo tells those of a file"
+        )
+    return name
 
 
 def format_path(components: Iterable[bytes]) -> str:

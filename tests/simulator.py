@@ -1,9 +1,10 @@
 """A host made of directories: the same seam as ``host.machine.Machine``, without root, devices or child processes.
 
-A backup's image is a directory; each directory in it, named ``NUMBER-STATE-FILESYSTEM``, is a volume. Files are read
-by the reader's own code, in this process. What a test wants to go wrong, it says beforehand (``stop_at``, ``refuse``,
-``busy``) or does (``Attachment.die``, ``Reader.die``). ``standing`` tells what has been made and not been taken away,
-and taking away a thing that another one stands on is an error, as it would be on a real host.
+A backup's image is a directory; each directory in it, named ``NUMBER-STATE-FILESYSTEM``, is a volume. Files are
+read by the reader's own code, in this process; those of an NTFS as ``Ntfs`` below has it. What a test wants to go
+wrong, it says beforehand (``stop_at``, ``refuse``, ``busy``) or does (``Attachment.die``, ``Reader.die``).
+``standing`` tells what has been made and not been taken away, and taking away a thing that another one stands on is
+an error, as it would be on a real host.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import asyncio
 import contextlib
 import itertools
 import os
+import struct
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sendense_restored import errors, linux
@@ -22,13 +25,12 @@ from sendense_restored.daemon.host.readers import Stream
 from sendense_restored.daemon.host.resources import Resources
 from sendense_restored.daemon.host.volumes import Volume, VolumeState
 from sendense_restored.daemon.store import DiskFile, Store
-from sendense_restored.reader import tree
+from sendense_restored.reader import ntfs, tree
 from sendense_restored.reader.outlet import Outlet
 from sendense_restored.reader.stream import opened
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-    from pathlib import Path
 
     from sendense_restored.daemon.store import Backup
     from sendense_restored.daemon.volume import Machine
@@ -368,6 +370,25 @@ class Mounted(_Thing):
             self.gone()
 
 
+class Ntfs(ntfs.Ntfs):
+    """A directory as if ntfs-3g served it: ``a:b`` beside ``a`` is its stream ``b``, and ``a.efs`` is encrypted.
+
+    A link to ``unsupported reparse tag 0x80000013`` looks as a reparse point does.
+    """
+
+    def _attribute(self, descriptor: int, name: str) -> bytes:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if name == "system.ntfs_attrib_be":
+            return struct.pack(">I", 0x4020 if path.suffix == ".efs" else 0x20)
+        assert name == "ntfs.streams.list"
+        beside = sorted(os.fsencode(each.name) for each in path.parent.iterdir())
+        own = os.fsencode(path.name) + b":"
+        return b"\0".join(each.removeprefix(own) for each in beside if each.startswith(own))
+
+    def is_stream_of(self, status: os.stat_result, owner: os.stat_result) -> bool:
+        return status.st_dev == owner.st_dev
+
+
 class Reader(_Thing):
     pid, uid = 1, 61000
 
@@ -375,6 +396,7 @@ class Reader(_Thing):
         super().__init__(simulator, f"reader of {mount}")
         self.mount = mount
         self.roots: dict[str, int] = {}
+        self.ntfs: dict[str, Ntfs] = {}
         self.outlets: list[Outlet] = []
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -402,11 +424,14 @@ class Reader(_Thing):
         if self.lost.done():
             raise errors.Unavailable("the process that reads this mount's files has stopped; unmount and mount again")
 
-    async def give(self, roots: Mapping[str, int]) -> dict[str, Usage]:
+    async def give(
+        self, roots: Mapping[str, int], *, ntfs: Collection[str] = (), directory: str = ""
+    ) -> dict[str, Usage]:
         await self.simulator.step("give")
         self._check()
         self._close_roots()
         self.roots = {name: os.dup(root) for name, root in roots.items()}
+        self.ntfs = {name: Ntfs(f"{directory}/{name}") for name in ntfs}
         return {name: tree.usage(root) for name, root in self.roots.items()}
 
     async def take_back(self) -> None:
@@ -417,7 +442,10 @@ class Reader(_Thing):
     async def list(self, volume: str, path: tuple[bytes, ...], *, limit: int, cursor: str) -> Listing:
         await self.simulator.step("list")
         self._check()
-        return tree.list_directory(self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None)
+        special = self.ntfs.get(volume)
+        return tree.list_directory(
+            self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None, ntfs=special
+        )
 
     async def stream(self, starts: Sequence[Start], filters: Filters, out: int, *, stall: float) -> Stream:
         """The reader's own walk, in a thread."""
@@ -432,7 +460,10 @@ class Reader(_Thing):
         def walk() -> None:
             try:
                 lend = contextlib.nullcontext
-                with outlet, opened(starts, filters, lambda volume: lend(roots[volume]), outlet) as walking:
+                with (
+                    outlet,
+                    opened(starts, filters, lambda volume: lend(roots[volume]), outlet, self.ntfs) as walking,
+                ):
                     loop.call_soon_threadsafe(_settle, begun, None, None)
                     result = walking.run()
                 loop.call_soon_threadsafe(self._stream_ended, end, result)
@@ -453,11 +484,13 @@ class Reader(_Thing):
 
     async def stat(self, volume: str, path: tuple[bytes, ...]) -> FileInfo:
         self._check()
-        return tree.stat(self.roots[volume], path)
+        return tree.stat(self.roots[volume], path, ntfs=self.ntfs.get(volume))
 
-    async def open(self, volume: str, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
+    async def open(
+        self, volume: str, path: tuple[bytes, ...], *, stream: bytes = b"", most: int | None = None
+    ) -> tuple[int, FileInfo]:
         self._check()
-        return tree.open_file(self.roots[volume], path)
+        return tree.open_file(self.roots[volume], path, stream=stream, most=most, ntfs=self.ntfs.get(volume))
 
     async def close(self) -> None:
         await self.simulator.step("end reader")

@@ -170,7 +170,8 @@ class Session:
             if volume.mounted:
                 roots[volume.name] = volume.mounted.root
                 volume.mounted.lost.add_done_callback(self._part_lost)
-        for name, usage in (await self._reader.give(roots)).items():
+        ntfs = [name for name in roots if self.volumes[name].is_ntfs]
+        for name, usage in (await self._reader.give(roots, ntfs=ntfs, directory=str(self.path))).items():
             self.volumes[name].usage = usage
 
     @property
@@ -352,9 +353,16 @@ class Session:
             "directory", 0, 0, 0o555, 0, 0, created, created, created, len(self.volumes) + 2, "", [], [], ""
         )
 
-    async def open(self, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
-        """A read-only descriptor of a regular file, which belongs to the caller."""
+    async def open(
+        self, path: tuple[bytes, ...], *, stream: bytes = b"", most: int | None = None
+    ) -> tuple[int, FileInfo]:
+        """A read-only descriptor of a regular file, or of an alternate stream, of at most so many bytes.
+
+        It belongs to the caller.
+        """
         if not path:
             raise errors.NotAFile("'/' is a directory")
         reader, volume = self._volume(path[0])
-        return await reader.open(volume, path[1:])
+        if stream and not self.volumes[volume].is_ntfs:
+            raise errors.InvalidOption(f"{volume} is no NTFS, and its files have no streams; leave out 'stream'")
+        return await reader.open(volume, path[1:], stream=stream, most=most)

@@ -107,6 +107,11 @@ class SessionVolume:
         return self.found.name
 
     @property
+    def is_ntfs(self) -> bool:
+        """Whether its files can have streams, and may be of a kind that cannot be read faithfully."""
+        return self.found.filesystem == "ntfs"
+
+    @property
     def display_name(self) -> str:
         """What a person reads, such as ``Partition 2 (100.4 GB, NTFS "Data")``."""
         what = f"Partition {self.found.number}" if self.found.number else "Disk"

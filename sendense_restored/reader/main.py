@@ -21,6 +21,7 @@ from sendense_restored import errors, names
 
 from . import protocol, stream, tree
 from .confine import Cell, confine
+from .ntfs import Ntfs
 from .outlet import Outlet
 from .roots import Roots
 
@@ -81,6 +82,7 @@ class _Server:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._roots = Roots()
+        self._ntfs: dict[str, Ntfs] = {}
         self._waiting: SimpleQueue[_Request] = SimpleQueue()
         self._starts: dict[int, list[protocol.Start]] = {}  # of streams of which not all frames have come
         self._outlets: dict[int, Outlet] = {}  # by the id of their stream
@@ -118,16 +120,17 @@ class _Server:
         if request.op == "give":
             self._give(request)
             return
-        path = names.parse_path(arguments["path"])
+        path, ntfs = names.parse_path(arguments["path"]), self._ntfs.get(arguments["volume"])
         with self._roots.use(arguments["volume"]) as root:
             if request.op == "list":
                 limit, cursor = arguments["limit"], arguments["cursor"]
-                page = tree.list_directory(root, path, limit=limit, cursor=cursor, check=self._roots.check)
+                page = tree.list_directory(root, path, limit=limit, cursor=cursor, check=self._roots.check, ntfs=ntfs)
                 self._send(protocol.listing_frames(request.id, page))
             elif request.op == "stat":
-                self._send([protocol.answer_frame(request.id, tree.stat(root, path))])
+                self._send([protocol.answer_frame(request.id, tree.stat(root, path, ntfs=ntfs))])
             elif request.op == "open":
-                descriptor, info = tree.open_file(root, path)
+                stream_name = names.to_bytes(arguments["stream"])
+                descriptor, info = tree.open_file(root, path, stream=stream_name, most=arguments["most"], ntfs=ntfs)
                 try:
                     protocol.send(self._sock, protocol.answer_frame(request.id, info), [descriptor])
                 finally:
@@ -163,7 +166,7 @@ class _Server:
         self, number: int, starts: Sequence[protocol.Start], filters: protocol.Filters, outlet: Outlet
     ) -> None:
         try:
-            with outlet, stream.opened(starts, filters, self._roots.use, outlet) as walk:
+            with outlet, stream.opened(starts, filters, self._roots.use, outlet, self._ntfs) as walk:
                 self._send([protocol.part_frame(number, None)])
                 end = walk.run()
         except errors.RestoreError as error:
@@ -178,6 +181,8 @@ class _Server:
 
     def _give(self, request: _Request) -> None:
         roots = dict(zip(request.arguments["volumes"], request.fds, strict=True))
+        directory = request.arguments["directory"]
+        self._ntfs |= {volume: Ntfs(f"{directory}/{volume}") for volume in request.arguments["ntfs"]}
         # Asked before they are lent, while they are surely still open.
         usage = {volume: tree.usage(root) for volume, root in roots.items()}
         self._roots.give(roots)

@@ -42,6 +42,9 @@ MAX_LIMIT = 10_000
 MAX_XATTRS = 16 << 10
 """Bytes of a file's extended attribute names that are told, so that they always fit a frame."""
 
+MAX_STREAM_NAMES = 8 << 10
+"""The same for the names of its alternate streams (NTFS), which no prefix makes longer."""
+
 MAX_STREAMS = 64
 """Streams that one reader has at a time; each takes a thread and a few descriptors."""
 
@@ -66,6 +69,7 @@ _ERRORS = {
         errors.NotAFile,
         errors.NotADirectory,
         errors.Unreadable,
+        errors.TooLarge,
         errors.Unavailable,
     )
 }
@@ -406,6 +410,16 @@ def _name(value: object) -> tuple[str, bytes]:
     return text, raw
 
 
+def _stream(value: object) -> str:
+    try:
+        if isinstance(value, str):
+            names.parse_stream(value)
+            return value
+    except errors.InvalidOption:
+        pass
+    raise ProtocolError("a stream's name that can be none")
+
+
 def _kind(value: object) -> str:
     if not isinstance(value, str) or value not in KINDS:
         raise ProtocolError("a kind of file that there is not")
@@ -468,7 +482,7 @@ def parse_info(answer: object) -> FileInfo:
         nlink=_number(nlink, 0, U32),
         target=_text(target, names.MAX_PATH)[0],
         xattrs=[_text(name, names.MAX_NAME)[0] for name in xattrs],
-        streams=[_text(name, names.MAX_NAME)[0] for name in streams],
+        streams=[_stream(name) for name in streams],
         unreadable=_sentence(unreadable),
         time_clamped=_truth(clamped),
     )

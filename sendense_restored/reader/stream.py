@@ -21,6 +21,7 @@ import stat as stat_module
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from json.encoder import encode_basestring as quoted
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sendense_restored import errors, linux, names
@@ -30,9 +31,10 @@ from .outlet import Ended
 from .protocol import I64, U32, StreamEnd, matcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from .ntfs import Look, Ntfs
     from .outlet import Outlet
     from .protocol import Filters, Start
 
@@ -83,11 +85,15 @@ class Walk:
         filters: Filters,
         lend: Callable[[str], AbstractContextManager[int]],
         outlet: Outlet,
+        ntfs: Mapping[str, Ntfs],
     ) -> None:
         self._starts = starts
         self._filters = filters
         self._lend = lend
         self._outlet = outlet
+        self._all_ntfs = ntfs
+        self._ntfs: Ntfs | None = None
+        """That of the volume which is walked, if it has one."""
         bounds = (filters.min_size, filters.max_size, filters.newer, filters.older)
         self._sized = any(bound is not None for bound in bounds)
         self._matches = pattern.match if (pattern := matcher(filters.name)) else None
@@ -108,8 +114,9 @@ class Walk:
     def open(self, stack: ExitStack) -> None:
         """Open what the stream is of. Raises what ``tree.list_directory`` raises."""
         if self._starts and self._starts[0].entry is None:
-            root = stack.enter_context(self._lend(self._starts[0].volume))
-            self._first = tree.open_directory(root, self._starts[0].path)
+            first = self._starts[0]
+            root = stack.enter_context(self._lend(first.volume))
+            self._first = tree.open_directory(root, first.path, ntfs=self._all_ntfs.get(first.volume))
             stack.callback(os.close, self._first)
 
     def run(self) -> StreamEnd:
@@ -171,7 +178,7 @@ class Walk:
             with ExitStack() as stack:
                 try:
                     root = stack.enter_context(self._lend(start.volume))
-                    descriptor = tree.open_directory(root, start.path)
+                    descriptor = tree.open_directory(root, start.path, ntfs=self._all_ntfs.get(start.volume))
                 except (errors.PathNotFound, errors.NotADirectory, errors.Unreadable) as failure:
                     self._put_error('{"path":"/', start.volume, failure.message)
                     continue
@@ -212,6 +219,7 @@ class Walk:
 
     def _walk(self, start: Start, descriptor: int, depth: int) -> None:
         """Everything below the directory ``descriptor``, whose entries have the depth ``depth``."""
+        self._ntfs = self._all_ntfs.get(start.volume)
         path = (names.to_bytes(start.volume), *start.path)
         self._head = f'{{"path":{quoted(names.format_path(path))[:-1]}/'
         self._path_length = sum(map(len, path)) + len(path)
@@ -328,10 +336,11 @@ class Walk:
                     if self._may_match(found, text):
                         try:
                             status = found.stat(follow_symlinks=False)
+                            look = self._ntfs.look(level.descriptor, name, status) if self._ntfs is not None else None
                         except OSError as failure:
                             self._put_error(self._head, text, _message(failure))
                             continue
-                        self._tell(level.descriptor, status, text, name)
+                        self._tell(level.descriptor, status, text, name, look)
                         if self._truncated:
                             return False
                     if descending and _is_directory(found, status) and self._descend(level, text, name, status):
@@ -344,13 +353,18 @@ class Walk:
     def _may_match(self, found: os.DirEntry[str], text: str) -> bool:
         """Whether an entry has to be looked at: its name and, where the directory tells that, its kind would do."""
         kind = self._filters.kind
-        return (not self._matches or self._matches(text) is not None) and (not kind or _may_be(found, kind))
+        if self._matches and self._matches(text) is None:
+            return False
+        # On NTFS a file that cannot be read looks like a link.
+        return not kind or _may_be(found, kind) or (kind == "file" and self._ntfs is not None)
 
-    def _tell(self, directory: int, status: os.stat_result, text: str, name: bytes) -> None:
+    def _tell(self, directory: int, status: os.stat_result, text: str, name: bytes, look: Look | None) -> None:
         """Write the line of an entry, if it is wanted."""
         wanted = self._filters
         mode, size, mtime = status.st_mode, status.st_size, status.st_mtime_ns
         kind = tree.KINDS.get(stat_module.S_IFMT(mode), "")
+        if look is not None:
+            kind, size = look.kind, look.size
         told = kind or "file"
         if (wanted.kind and told != wanted.kind) or (self._sized and not self._fits(size, mtime)):
             return
@@ -359,10 +373,10 @@ class Walk:
             return
         self._entries += 1
         line = f'{self._head}{quoted(text)[1:]},"kind":"{told}"'
-        if kind == "file" and status.st_nlink == 1 and -I64 <= mtime <= I64 and size >= 0:
+        if kind == "file" and status.st_nlink == 1 and -I64 <= mtime <= I64 and size >= 0 and look is None:
             self._put(f'{line},"size":{size},"mode":{mode & 0o7777},"mtime_ns":{mtime}}}\n')
         else:
-            self._put(line + _unusual(directory, name, kind, status))
+            self._put(line + _unusual(directory, name, kind, status, look))
 
 
 def _is_directory(found: os.DirEntry[str], status: os.stat_result | None) -> bool:
@@ -381,12 +395,19 @@ def _may_be(found: os.DirEntry[str], kind: str) -> bool:
         return True
 
 
-def _unusual(directory: int, name: bytes, kind: str, status: os.stat_result) -> str:
+def _unusual(directory: int, name: bytes, kind: str, status: os.stat_result, look: Look | None) -> str:
     """The rest of a line of anything but an ordinary file, from its size on."""
     mtime = max(-I64 - 1, min(status.st_mtime_ns, I64))
-    mode = stat_module.S_IMODE(status.st_mode)
-    rest = f',"size":{max(status.st_size, 0)},"mode":{mode},"mtime_ns":{mtime}'
-    if kind == "symlink":
+    size, mode = status.st_size, stat_module.S_IMODE(status.st_mode)
+    if look is not None:
+        size, mode = look.size, look.mode
+    rest = f',"size":{max(size, 0)},"mode":{mode},"mtime_ns":{mtime}'
+    if look is not None:
+        if kind == "symlink":
+            rest += f',"target":{quoted(look.target)}'
+        if look.unreadable:
+            rest += f',"unreadable":{quoted(look.unreadable)}'
+    elif kind == "symlink":
         try:
             rest += f',"target":{quoted(tree.link_target(name, directory))}'
         except OSError as failure:
@@ -421,12 +442,15 @@ def opened(
     filters: Filters,
     lend: Callable[[str], AbstractContextManager[int]],
     outlet: Outlet,
+    ntfs: Mapping[str, Ntfs] = MappingProxyType({}),
 ) -> Iterator[Walk]:
     """A walk whose first directory is open; ``lend`` gives the root of a volume for as long as it is used.
+
+    ``ntfs`` has the volumes that are NTFS.
 
     Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable: nothing was written then.
     """
     with ExitStack() as stack:
-        walk = Walk(starts, filters, lend, outlet)
+        walk = Walk(starts, filters, lend, outlet, ntfs)
         walk.open(stack)
         yield walk

@@ -30,6 +30,7 @@ _ALLOWED = (
         "getdents64",
         "fstatfs",
         "flistxattr",
+        "fgetxattr",
         "lseek",
     ),
     # the daemon, and the pipes of streams: writing reaches pipes, stderr and what wakes a thread of ours alone, for

@@ -6,6 +6,9 @@ mounts are refused. What an OSError means to a client is decided once, in ``refu
 
 The volume is read-only, but its driver may be hostile: nothing is opened before its type is known, and nothing is
 believed to be the same because it has the same name.
+
+A volume of NTFS comes with an ``Ntfs``, which resolves its paths instead of the kernel and knows what is not what it
+looks like; for all others ``ntfs`` is None, and costs nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +16,18 @@ from __future__ import annotations
 import errno
 import os
 import stat as stat_module
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sendense_restored import errors, linux, names
 
+from .ntfs import NtfsError
 from .protocol import I64, MAX_XATTRS, U32, U64, Entry, FileInfo, Listing, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from .ntfs import Ntfs
 
 _RESOLVE = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS | linux.RESOLVE_NO_XDEV
 # O_NOATIME is left out: it takes the owner's rights, and the mount is read-only anyway.
@@ -54,7 +61,11 @@ NO_RESOURCES = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN
 
 def shown(path: tuple[bytes, ...]) -> str:
     """``path`` in quotes as a message may show it, shortened in the middle."""
-    text = names.displayable(names.format_path(path))
+    return _quoted(names.format_path(path))
+
+
+def _quoted(text: str) -> str:
+    text = names.displayable(text)
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[: _LONGEST_SHOWN // 2]}...{text[-_LONGEST_SHOWN // 2 :]}"
     return f"'{text}'"
@@ -63,6 +74,8 @@ def shown(path: tuple[bytes, ...]) -> str:
 def refused(error: OSError, path: tuple[bytes, ...]) -> errors.RestoreError:
     """The error for a client, from what the kernel said about ``path``."""
     number, what = error.errno, shown(path)
+    if isinstance(error, NtfsError):
+        return error.told(what)
     if number in {errno.ENOENT, errno.ENOTDIR}:
         return errors.PathNotFound(f"there is no {what} in this volume; list the directory above it")
     if number == errno.ELOOP:
@@ -72,13 +85,15 @@ def refused(error: OSError, path: tuple[bytes, ...]) -> errors.RestoreError:
         return errors.InvalidPath(f"{what} is longer than this volume's file system allows")
     if number in NO_RESOURCES:
         return errors.Unavailable("the mount's reader is short of memory or descriptors; try again in a moment")
+    reason = f"did not give {what} ({os.strerror(number) if number else 'unknown error'})"
     if number in DAMAGED:
-        return errors.Unreadable(f"the file system is damaged at {what}, or its storage failed; try an older backup")
-    reason = os.strerror(number) if number else "unknown error"
-    return errors.Unreadable(f"the file system did not give {what} ({reason}); try an older backup")
+        reason = f"is damaged at {what}, or its storage failed"
+    return errors.Unreadable(f"the file system {reason}; try an older backup")
 
 
-def _resolve(root: int, path: tuple[bytes, ...], flags: int) -> int:
+def _resolve(root: int, path: tuple[bytes, ...], flags: int, ntfs: Ntfs | None, stream: bytes = b"") -> int:
+    if ntfs is not None:
+        return ntfs.resolve(root, path, flags, stream=stream)
     return linux.openat2(root, b"/".join(path) or b".", flags, resolve=_RESOLVE)
 
 
@@ -105,71 +120,151 @@ def usage(root: int) -> Usage:
 # --- open -------------------------------------------------------------------------------------------------------
 
 
-def open_file(root: int, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
+def open_file(
+    root: int,
+    path: tuple[bytes, ...],
+    *,
+    stream: bytes = b"",
+    most: int | None = None,
+    ntfs: Ntfs | None = None,
+) -> tuple[int, FileInfo]:
     """A read-only descriptor of the regular file at ``path``, which belongs to the caller; links are followed.
+
+    With ``stream`` it is that of an alternate stream of the file or directory, which only ``ntfs`` has. ``most`` is
+    the largest size that is wanted.
 
     Three steps, because opening is an act: it wakes the writer of a FIFO and reaches the driver of a device. First
     O_PATH, which opens nothing; the type is decided on that. Then the open that counts, by path, since an empty root
     has no /proc to reopen a descriptor through, and O_NONBLOCK in case that something else stands there now. Last
-    proof that both are one inode. Raises NotAFile, PathNotFound, InvalidPath, Unreadable or Unavailable.
+    proof that both are one inode. Raises NotAFile, PathNotFound, InvalidPath, Unreadable, TooLarge or Unavailable.
     """
     try:
-        handle = _resolve(root, path, os.O_PATH)
+        handle = _resolve(root, path, os.O_PATH, ntfs)
     except OSError as error:
         raise refused(error, path) from None
     try:
         status = os.fstat(handle)
+        if stream:
+            assert ntfs is not None, "only NTFS has streams"
+            return _open_stream(root, path, status, stream, most, ntfs)
         if not stat_module.S_ISREG(status.st_mode):
             what = _WITH_ARTICLE.get(_kind(status), "no file")
             raise errors.NotAFile(f"{shown(path)} is {what}, and only regular files can be opened")
-        return _open_same(root, path, status), _info(status, "", [], "")
+        _check_size(path, status, most)
+        descriptor = _open_same(root, path, status, ntfs)
+        if ntfs is not None:
+            with _closed_on_failure(descriptor):
+                ntfs.check(descriptor, status)
+        return descriptor, _info(status, "", [], "")
     except OSError as error:
         raise refused(error, path) from None
     finally:
         os.close(handle)
 
 
-def _open_same(root: int, path: tuple[bytes, ...], status: os.stat_result, flags: int = 0) -> int:
+def _open_stream(
+    root: int, path: tuple[bytes, ...], status: os.stat_result, stream: bytes, most: int | None, ntfs: Ntfs
+) -> tuple[int, FileInfo]:
+    """The same three steps for a stream of what ``status`` describes. Raises OSError besides."""
+    if _kind(status) not in {"file", "directory"}:
+        what = _WITH_ARTICLE.get(_kind(status), "no file")
+        raise errors.NotAFile(f"{shown(path)} is {what}; only files and directories have streams")
+    # What the stream itself does not tell is asked of the one that it belongs to.
+    owner = _open_same(root, path, status, ntfs)
+    try:
+        try:
+            handle = _resolve(root, path, os.O_PATH, ntfs, stream)
+        except FileNotFoundError:
+            what = f"{shown(path)} has no stream {_quoted(names.to_text(stream))}"
+            raise errors.PathNotFound(f"{what}; GetFileInfo tells those it has") from None
+        try:
+            found = os.fstat(handle)
+            if not (stat_module.S_ISREG(found.st_mode) and ntfs.is_stream_of(found, status)):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            _check_size(path, found, most)
+            ntfs.check(owner, found)
+            return _open_same(root, path, found, ntfs, stream=stream), _info(found, "", [], "")
+        finally:
+            os.close(handle)
+    finally:
+        os.close(owner)
+
+
+def _check_size(path: tuple[bytes, ...], status: os.stat_result, most: int | None) -> None:
+    if most is not None and status.st_size > most:
+        raise errors.TooLarge(
+            f"{shown(path)} has {status.st_size} bytes, and files of more than {most} are not given out here; "
+            "ask an administrator to raise limits.file_bytes"
+        )
+
+
+def _open_same(
+    root: int,
+    path: tuple[bytes, ...],
+    status: os.stat_result,
+    ntfs: Ntfs | None,
+    flags: int = 0,
+    stream: bytes = b"",
+) -> int:
     """Open what ``status`` describes. Raises OSError, ESTALE if the path now leads elsewhere."""
-    descriptor = _resolve(root, path, _READ | flags)
-    opened = os.fstat(descriptor)
-    if os.path.samestat(status, opened) and status.st_mode == opened.st_mode:
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    descriptor = _resolve(root, path, _READ | flags, ntfs, stream)
+    with _closed_on_failure(descriptor):
+        opened = os.fstat(descriptor)
+        if not (os.path.samestat(status, opened) and status.st_mode == opened.st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return descriptor
+
+
+@contextmanager
+def _closed_on_failure(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 # --- stat -------------------------------------------------------------------------------------------------------
 
 
-def stat(root: int, path: tuple[bytes, ...]) -> FileInfo:
+def stat(root: int, path: tuple[bytes, ...], *, ntfs: Ntfs | None = None) -> FileInfo:
     """What is known of ``path``; a link at its end is described, not followed.
 
     Files and directories are opened too: only so their attribute names can be read, and a file that does not open is
     told apart. Raises PathNotFound, InvalidPath, Unreadable or Unavailable.
     """
     try:
-        handle = _resolve(root, path, os.O_PATH | os.O_NOFOLLOW)
+        handle = _resolve(root, path, os.O_PATH | os.O_NOFOLLOW, ntfs)
         try:
             status = os.fstat(handle)
-            target = link_target(b"", handle) if stat_module.S_ISLNK(status.st_mode) else ""
+            target, look = "", None
+            if stat_module.S_ISLNK(status.st_mode):
+                if ntfs is None:
+                    target = link_target(b"", handle)
+                else:
+                    look = ntfs.look_at_link(b"", handle)
         finally:
             os.close(handle)
     except OSError as error:
         raise refused(error, path) from None
-    xattrs, unreadable = [], ""
+    xattrs, streams, unreadable = list[str](), list[str](), ""
     if stat_module.S_ISREG(status.st_mode) or stat_module.S_ISDIR(status.st_mode):
         try:
-            descriptor = _open_same(root, path, status, os.O_NOFOLLOW)
+            descriptor = _open_same(root, path, status, ntfs, os.O_NOFOLLOW)
             try:
-                xattrs = _xattrs(descriptor)
+                if ntfs is None:
+                    xattrs = _xattrs(descriptor)
+                else:  # it lists none, and answers the question with the error of an earlier one (2022.10.3)
+                    streams = ntfs.streams(descriptor)
+                    look = ntfs.look_at_file(descriptor, status)
             finally:
                 os.close(descriptor)
         except OSError as error:
             unreadable = refused(error, path).message
     elif not _kind(status):
         unreadable = refused(OSError(errno.EUCLEAN, ""), path).message
-    return _info(status, target, xattrs, unreadable)
+    info = _info(status, target, xattrs, unreadable)._replace(streams=streams)
+    return info if look is None else info._replace(**look._asdict())
 
 
 def _info(status: os.stat_result, target: str, xattrs: list[str], unreadable: str) -> FileInfo:
@@ -220,22 +315,28 @@ def _xattrs(descriptor: int) -> list[str]:
 # --- list -------------------------------------------------------------------------------------------------------
 
 
-def open_directory(root: int, path: tuple[bytes, ...]) -> int:
+def open_directory(root: int, path: tuple[bytes, ...], *, ntfs: Ntfs | None = None) -> int:
     """A descriptor of a directory, to be read; links to it are followed.
 
     Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
     """
     try:
         # O_DIRECTORY fails on anything else before it is opened (open(2)).
-        return _resolve(root, path, _READ | os.O_DIRECTORY)
+        return _resolve(root, path, _READ | os.O_DIRECTORY, ntfs)
     except OSError as error:
-        if error.errno == errno.ENOTDIR and _exists(root, path):
+        if error.errno == errno.ENOTDIR and _exists(root, path, ntfs):
             raise errors.NotADirectory(f"{shown(path)} is not a directory; list the directory above it") from None
         raise refused(error, path) from None
 
 
 def list_directory(
-    root: int, path: tuple[bytes, ...], *, limit: int, cursor: str, check: Callable[[], None]
+    root: int,
+    path: tuple[bytes, ...],
+    *,
+    limit: int,
+    cursor: str,
+    check: Callable[[], None],
+    ntfs: Ntfs | None = None,
 ) -> Listing:
     """The ``limit`` entries after the name ``cursor``, in the order of the names' bytes; links to it are followed.
 
@@ -244,7 +345,7 @@ def list_directory(
     Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
     """
     after = names.to_bytes(cursor)
-    directory = open_directory(root, path)
+    directory = open_directory(root, path, ntfs=ntfs)
     try:
         with os.scandir(directory) as scan:
             found = _first_names(scan, after, limit + 1, check)
@@ -252,7 +353,7 @@ def list_directory(
             for name, _, entry in found[:limit]:
                 text = names.to_text(name)
                 if not entries or text != entries[-1].name:  # a damaged directory may have a name twice
-                    entries.append(_entry(directory, path, name, text, entry))
+                    entries.append(_entry(directory, path, name, text, entry, ntfs))
     except OSError as error:
         raise refused(error, path) from None
     finally:
@@ -280,21 +381,31 @@ def _first_names(
     return kept[:most]
 
 
-def _exists(root: int, path: tuple[bytes, ...]) -> bool:
+def _exists(root: int, path: tuple[bytes, ...], ntfs: Ntfs | None) -> bool:
     try:
-        os.close(_resolve(root, path, os.O_PATH))
+        os.close(_resolve(root, path, os.O_PATH, ntfs))
     except OSError:
         return False
     return True
 
 
-def _entry(directory: int, path: tuple[bytes, ...], name: bytes, text: str, found: os.DirEntry[str]) -> Entry:
+def _entry(
+    directory: int,
+    path: tuple[bytes, ...],
+    name: bytes,
+    text: str,
+    found: os.DirEntry[str],
+    ntfs: Ntfs | None = None,
+) -> Entry:
     """One entry of the directory at ``path``. As short a way as can be: a page has thousands."""
+    look = None
     try:
         status = found.stat(follow_symlinks=False)
         bits, size, mtime = status.st_mode, status.st_size, status.st_mtime_ns
         kind = KINDS.get(bits & _TYPE, "")
-        target = link_target(name, directory) if kind == "symlink" else ""
+        if ntfs is not None:
+            look = ntfs.look(directory, name, status)
+        target = link_target(name, directory) if kind == "symlink" and ntfs is None else ""
     except OSError as error:
         if error.errno in NO_RESOURCES:
             raise
@@ -303,6 +414,10 @@ def _entry(directory: int, path: tuple[bytes, ...], name: bytes, text: str, foun
         unreadable = refused(error, (*path, name)).message
         return Entry(text, _remembered_kind(found), 0, 0, 0, "", {"unreadable": unreadable})
     extras: dict[str, str | int | bool] = {}
+    if look is not None:
+        kind, size, bits, target = look.kind, look.size, look.mode, look.target
+        if look.unreadable:
+            extras["unreadable"] = look.unreadable
     if not kind:
         extras["unreadable"] = refused(OSError(errno.EUCLEAN, ""), (*path, name)).message
     if not -I64 <= mtime <= I64:

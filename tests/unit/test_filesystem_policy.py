@@ -57,6 +57,8 @@ def test_no_policy_can_undo_the_flags_or_breaks_the_readers_symlinks(kind: str) 
     ("ntfs", "norecover"),
     ("ntfs", "allow_other"),
     ("ntfs", "no_detach"),
+    ("ntfs", "streams_interface=windows"),
+    ("ntfs", "efs_raw"),
 ])  # fmt: skip
 def test_what_each_file_system_cannot_do_without(kind: str, option: str) -> None:
     assert option in POLICIES[kind].options

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sendense_restored import names
-from sendense_restored.errors import InvalidPath
+from sendense_restored.errors import InvalidOption, InvalidPath
 
 # Bytes as file systems have them, and more often than by chance those that look like our own escapes.
 near_escapes = st.lists(
@@ -153,6 +153,17 @@ def test_paths_that_name_something(path: str, components: tuple[bytes, ...]) -> 
 def test_paths_that_are_refused(path: str, complaint: str) -> None:
     with pytest.raises(InvalidPath, match=complaint):
         names.parse_path(path)
+
+
+@given(any_text | st.text("ab:/\0\uefc3\uefa9\ud800", max_size=8) | st.text("é", min_size=500, max_size=520))
+def test_a_stream_is_refused_or_has_one_name_that_leads_nowhere_else(text: str) -> None:
+    try:
+        name = names.parse_stream(text)
+    except InvalidOption:
+        return
+    assert names.to_text(name) == text
+    assert 0 < len(name) <= names.MAX_NAME
+    assert not {*b"/:\0"} & {*name}
 
 
 def test_an_escaped_dot_dot_is_no_way_up() -> None:

@@ -11,7 +11,7 @@ import threading
 import tracemalloc
 import warnings
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -24,9 +24,11 @@ from sendense_restored.reader.outlet import Ended, Outlet
 from sendense_restored.reader.protocol import I64, Entry, Filters, Start, StreamEnd, matcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from sendense_restored.reader.ntfs import Ntfs
 
 LONG = 60.0
 Line = dict[str, Any]
@@ -79,13 +81,14 @@ def ran(
     *path: bytes,
     starts: Sequence[Start] = (),
     lend: Callable[[str], AbstractContextManager[int]] | None = None,
+    ntfs: Mapping[str, Ntfs] = MappingProxyType({}),
 ) -> tuple[list[Line], StreamEnd]:
     """The lines of a stream, the summary among them, and what the reader says of it."""
     ends: list[StreamEnd] = []
     with a_pipe() as (reading, outlet):
 
         def walk() -> None:
-            with outlet, stream.opened(starts or [Start("v", path)], filters, lend_root, outlet) as walking:
+            with outlet, stream.opened(starts or [Start("v", path)], filters, lend_root, outlet, ntfs) as walking:
                 ends.append(walking.run())
 
         lend_root = lend or (lambda _volume: nullcontext(root))
@@ -97,9 +100,15 @@ def ran(
     return [json.loads(line) for line in data.decode().split("\n")[:-1]], ends[0]
 
 
-def listed(root: int, filters: Filters = ALL, *path: bytes, starts: Sequence[Start] = ()) -> list[Line]:
+def listed(
+    root: int,
+    filters: Filters = ALL,
+    *path: bytes,
+    starts: Sequence[Start] = (),
+    ntfs: Mapping[str, Ntfs] = MappingProxyType({}),
+) -> list[Line]:
     """The lines of a stream that met no error, without the summary, which is checked."""
-    lines, end = ran(root, filters, *path, starts=starts)
+    lines, end = ran(root, filters, *path, starts=starts, ntfs=ntfs)
     assert lines.pop() == {"summary": {"entries": len(lines), "errors": 0, "truncated": False}}
     assert end == StreamEnd(len(lines), 0, truncated=False, bytes=end.bytes, complete=True)
     return lines

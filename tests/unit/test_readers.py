@@ -204,6 +204,49 @@ async def test_many_roots_go_in_several_frames(scene: Scene, tmp_path: Path) -> 
         os.close(root)
 
 
+async def test_it_is_told_which_volumes_are_ntfs_and_where_they_are(scene: Scene, tmp_path: Path) -> None:
+    root = os.open(tmp_path, os.O_PATH)
+    try:
+        volumes = dict.fromkeys([f"w{number:03}" for number in range(70)], root)
+        for volume in volumes:
+            (tmp_path / volume).mkdir()
+        giving = asyncio.create_task(scene.reader.give(volumes, ntfs=["w001", "w069"], directory="/mnt/x"))
+        for ntfs in (["w001"], ["w069"]):
+            message, fds = await scene.peer.request()
+            protocol.close_all(fds)
+            assert (message["ntfs"], message["directory"]) == (ntfs, "/mnt/x")
+            scene.peer.says({"id": message["id"], "ok": dict.fromkeys(message["volumes"], (1, 1))})
+        await giving
+    finally:
+        os.close(root)
+
+
+async def test_a_stream_and_the_largest_size_are_asked_for(scene: Scene, file: int) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",), stream=b"caf\xe9", most=5))
+    message, _ = await scene.peer.request()
+    assert (message["path"], message["stream"], message["most"]) == ("/file", "caf\uefe9", 5)
+    scene.peer.says({"id": message["id"], "ok": FILE}, file)
+    descriptor, info = await opening
+    os.close(descriptor)
+    assert info.size == 5
+
+
+async def test_that_a_file_is_too_large_is_for_the_caller(scene: Scene) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",), most=4))
+    scene.peer.says({"id": await scene.peer.number(), "error": "TooLarge", "message": "it has 5"})
+    with pytest.raises(errors.TooLarge, match="it has 5"):
+        await opening
+    assert not scene.reader.lost.done()
+
+
+async def test_a_file_that_is_larger_than_asked_for_is_no_honest_answer(scene: Scene, file: int) -> None:
+    opening = asyncio.create_task(scene.reader.open("v", (b"file",), most=4))
+    scene.peer.says({"id": await scene.peer.number(), "ok": FILE}, file)
+    with pytest.raises(errors.Unavailable):
+        await opening
+    assert "larger than what was asked for" in await scene.reader.lost
+
+
 async def test_a_file_that_cannot_be_checked_is_not_handed_over(
     scene: Scene, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

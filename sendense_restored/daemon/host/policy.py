@@ -51,11 +51,12 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "iso9660": Policy("iso9660", ("iocharset=utf8",)),
     "squashfs": Policy("squashfs"),
     # allow_other: the reader has another uid. no_def_opts: no option but these. norecover: never reset a log.
+    # efs_raw: encrypted files are known by their size, and are the reader's to refuse (reader/ntfs.py says why).
     "ntfs": Policy(
         "ntfs-3g",
         (
             *("allow_other", "no_def_opts", "no_detach", "norecover", "noatime", "streams_interface=windows"),
-            *("uid=0", "gid=0", "fmask=0333", "dmask=0222"),
+            *("efs_raw", "uid=0", "gid=0", "fmask=0333", "dmask=0222"),
         ),
         unreplayed=(),
     ),

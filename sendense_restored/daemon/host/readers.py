@@ -31,7 +31,7 @@ from .channel import Channel
 from .process import Jail, ToolError, internal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sendense_restored.config import Config
     from sendense_restored.reader.protocol import FileInfo, Filters, Listing, Start, StreamEnd, Usage
@@ -204,11 +204,13 @@ class Reader:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    async def give(self, roots: Mapping[str, int]) -> dict[str, Usage]:
+    async def give(
+        self, roots: Mapping[str, int], *, ntfs: Collection[str] = (), directory: str = ""
+    ) -> dict[str, Usage]:
         """Lend the roots of volumes, O_PATH descriptors by name; the caller keeps and closes its own.
 
-        Each volume must be mounted in the mount's directory, under its name. Answers how full each is. Raises
-        Unavailable or Timeout.
+        Each volume must be mounted in the mount's directory, under its name; those of ``ntfs`` by ntfs-3g, which was
+        told to mount them in ``directory``. Answers how full each is. Raises Unavailable or Timeout.
         """
         usage: dict[str, Usage] = {}
         for volumes in _batches(sorted(roots), protocol.MAX_FDS):
@@ -218,7 +220,9 @@ class Reader:
             def finish(answer: object, _fds: _Fds, volumes: Sequence[str] = volumes) -> dict[str, Usage]:
                 return protocol.parse_usage(answer, volumes)
 
-            usage |= await self._ask(_Asked(finish), "give", {"volumes": volumes}, fds)
+            special = [volume for volume in volumes if volume in ntfs]
+            arguments = {"volumes": volumes, "ntfs": special, "directory": directory}
+            usage |= await self._ask(_Asked(finish), "give", arguments, fds)
         return usage
 
     def _mount_below(self, volume: str, root: int) -> int:
@@ -318,18 +322,27 @@ class Reader:
         asked = _Asked(lambda answer, _fds: protocol.parse_info(answer))
         return await self._ask(asked, "stat", {"volume": volume, "path": names.format_path(path)})
 
-    async def open(self, volume: str, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
-        """A checked, read-only descriptor of a regular file, which belongs to the caller; links are followed."""
+    async def open(
+        self, volume: str, path: tuple[bytes, ...], *, stream: bytes = b"", most: int | None = None
+    ) -> tuple[int, FileInfo]:
+        """A checked, read-only descriptor of a regular file, which belongs to the caller; links are followed.
+
+        ``stream``: that of an alternate stream, on a volume that was given as ``ntfs``. Raises TooLarge for one of
+        more than ``most`` bytes.
+        """
 
         def finish(answer: object, fds: _Fds) -> FileInfo:
             info = protocol.parse_info(answer)
+            if most is not None and info.size > most:
+                raise protocol.ProtocolError("a file larger than what was asked for")
             self._check_file(volume, info, fds)
             asked.fds.append(fds.pop())
             return info
 
         asked = _Asked(finish)
+        arguments = {"volume": volume, "path": names.format_path(path), "stream": names.to_text(stream)}
         try:
-            info = await self._ask(asked, "open", {"volume": volume, "path": names.format_path(path)})
+            info = await self._ask(asked, "open", {**arguments, "most": most})
             return asked.fds.pop(), info
         finally:
             protocol.close_all(asked.fds)  # the answer came in the moment that the caller gave up
