@@ -2,7 +2,7 @@
 
 The file is TOML (``/etc/sendense/restored.toml``); a missing file means the defaults, an unknown key or a value out
 of range refuses to start. Durations are a number of seconds or text such as ``90s``, ``15min``, ``1h``; sizes a
-number of bytes or text such as ``1GiB``.
+number of bytes or text such as ``1GiB``, or ``unlimited`` where there need be no limit.
 
 A reload takes over the keys in ``RELOADABLE``; what the rest says shapes things that stand already, and waits for the
 next start.
@@ -76,6 +76,8 @@ class Limits:
     """Files that callers may have open."""
     listings: int = 8
     """Listing streams that may run."""
+    file_bytes: int | None = None
+    """The largest file that is opened; None for no limit."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,10 @@ def _size(name: str, value: object) -> int:
     return int(size)
 
 
+def _limit(name: str, value: object) -> int | None:
+    return None if value == "unlimited" else _size(name, value)
+
+
 def _count(low: int, high: int) -> Callable[[str, object], int]:
     def parse_count(name: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -293,6 +299,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "mounts.evict_after": _duration,
     "limits.open_files": _count(1, 65536),
     "limits.listings": _count(1, 64),
+    "limits.file_bytes": _limit,
     "attach.backend": _backend,
     "attach.timeout": _duration,
     "attach.overlay_size": _size,

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sendense_restored import errors, names
 
@@ -43,7 +43,7 @@ OK, LOST, REFUSED = "ok", "lost", "refused"
 _EXPECTED = {OK, errors.Cancelled.__name__}
 
 REFUSALS_EVERY = 60.0
-"""Seconds in which one user gets one event for refusals of one action."""
+"""Seconds in which one user gets one event for refusals of one action, and for failures of one kind on one mount."""
 
 
 class Actor(NamedTuple):
@@ -72,10 +72,12 @@ SERVICE = Actor(None)
 
 @dataclass
 class _Refusals:
-    """Those of one action for one user since one of them became an event."""
+    """Those that are alike since one of them became an event."""
 
     since: float
-    actor: Actor
+    alike: dict[str, Any]
+    """What their events have in common."""
+    about: str
     left_out: int = 0
 
 
@@ -97,7 +99,7 @@ class Events:
         self._bounds: tuple[int, float] | None = None
         self._since_trim = 0
         self._closed = False
-        self._refusals: dict[tuple[int | None, str], _Refusals] = {}  # the oldest first
+        self._refusals: dict[tuple[object, ...], _Refusals] = {}  # the oldest first
 
     def record(
         self,
@@ -145,18 +147,33 @@ class Events:
         Further ones are counted, and the next event of that kind (or the first refusal of any, after the minute)
         tells how many there were.
         """
+        self._seldom(
+            (actor.uid, action),
+            f"{action}: ",
+            {"what": REFUSED, "actor": actor, "outcome": errors.NotAuthorized.__name__},
+            detail=f"{action} on {object}: {message}" if object else f"{action}: {message}",
+        )
+
+    def failed(
+        self, what: str, *, actor: Actor, outcome: str, mount_id: str, backup_id: str, path: str, detail: str
+    ) -> None:
+        """Record that something on a mount came to nothing, as ``record`` has it and in the same bounds.
+
+        Alike are those of one actor on one mount with the same outcome.
+        """
+        alike = {"what": what, "actor": actor, "outcome": outcome, "mount_id": mount_id, "backup_id": backup_id}
+        key = (actor.uid, actor.on_behalf_of, what, outcome, mount_id)
+        self._seldom(key, "", alike, path=path, detail=detail)
+
+    def _seldom(
+        self, key: tuple[object, ...], about: str, alike: dict[str, Any], *, detail: str, path: str = ""
+    ) -> None:
         self._settle_refusals(self._monotonic() - REFUSALS_EVERY)
-        key = (actor.uid, action)
         if (known := self._refusals.get(key)) is not None:
             known.left_out += 1
             return
-        self._refusals[key] = _Refusals(self._monotonic(), actor)
-        self.record(
-            REFUSED,
-            actor=actor,
-            outcome=errors.NotAuthorized.__name__,
-            detail=f"{action} on {object}: {message}" if object else f"{action}: {message}",
-        )
+        self._refusals[key] = _Refusals(self._monotonic(), alike, about)
+        self.record(**alike, path=path, detail=detail)
 
     def _settle_refusals(self, until: float) -> None:
         """Tell how many were left out since the events up to then, and forget those."""
@@ -165,12 +182,7 @@ class Events:
                 return
             del self._refusals[key]
             if refusals.left_out:
-                self.record(
-                    REFUSED,
-                    actor=refusals.actor,
-                    outcome=errors.NotAuthorized.__name__,
-                    detail=f"{key[1]}: {refusals.left_out} more within a minute",
-                )
+                self.record(**refusals.alike, detail=f"{refusals.about}{refusals.left_out} more within a minute")
 
     async def flush(self) -> None:
         """Wait until what was recorded so far is in the database, or the database has failed to take it."""

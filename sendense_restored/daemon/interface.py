@@ -373,7 +373,9 @@ class MountObject(Exported, interface=f"{BUS_NAME}.Mount"):
         if not held:
             action = _WITHOUT_CLAIM[action]
         if "path" in arguments:
-            details["path"] = names.format_path(names.parse_path(arguments["path"]))  # one spelling for rules
+            # One spelling for rules. What is no path is for the method to refuse, in its own way.
+            with contextlib.suppress(errors.InvalidPath):
+                details["path"] = names.format_path(names.parse_path(arguments["path"]))
         if arguments.get("options", {}).get("force"):
             action = "force-unmount"
         await self._authority.check(call, action, details)
@@ -448,10 +450,10 @@ class MountObject(Exported, interface=f"{BUS_NAME}.Mount"):
         action="read",
         arguments=("path", "options"),
         results=("file", "info"),
-        options=_BEHALF,
+        options={"stream": "s", **_BEHALF},
     )
     async def open_file(self, call: Call, path: str, options: dict[str, Any]) -> tuple[Fd, dict[str, Variant]]:
-        descriptor, info = await self._mount.open(_actor(call, options), names.parse_path(path))
+        descriptor, info = await self._mount.open(_actor(call, options), path, stream=options.get("stream"))
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, descriptor)
             packed = packing.info(info)

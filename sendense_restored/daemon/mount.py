@@ -1,8 +1,9 @@
 """A mount as those see it who hold it: a session with the claims on it, and what leaves through it.
 
 Every request comes through here with the one who asks (``Actor``), counts as use of their claims, and is written into
-the history when something leaves the house: files that were handed out, streams that ran. A stream is followed by a
-task of ours until its end, which keeps the mount from expiring. ``Mounts`` owns mounts and ends them.
+the history when something leaves the house: files that were handed out or asked for in vain, streams that ran. A
+stream is followed by a task of ours until its end, which keeps the mount from expiring. ``Mounts`` owns mounts and
+ends them.
 """
 
 from __future__ import annotations
@@ -161,13 +162,33 @@ class Mount:
         self.touch(actor)
         return await self.session.stat(path)
 
-    async def open(self, actor: Actor, path: tuple[bytes, ...]) -> tuple[int, FileInfo]:
-        """A read-only descriptor of a regular file, which belongs to the caller. Raises LimitReached besides."""
+    async def open(self, actor: Actor, path: str, *, stream: str | None = None) -> tuple[int, FileInfo]:
+        """A read-only descriptor of a regular file, or of its alternate ``stream``, which belongs to the caller.
+
+        Both names are in text form, as they were asked for: an attempt that comes to nothing is in the history as
+        well. Raises LimitReached, TooLarge, InvalidPath and InvalidOption besides.
+        """
         self.touch(actor)
-        await self._room_for_a_file()
-        self._open_files += 1  # before it is handed out: others may ask meanwhile
-        descriptor, info = await self.session.open(path)
-        self._record("opened", actor, path, size=info.size)
+        about = "" if stream is None else f"stream {stream}"
+        try:
+            parsed = names.parse_path(path)
+            name = b"" if stream is None else names.parse_stream(stream)
+            await self._room_for_a_file()
+            self._open_files += 1  # before it is handed out: others may ask meanwhile
+            descriptor, info = await self.session.open(parsed, stream=name, most=self._house.config.limits.file_bytes)
+        except errors.RestoreError as error:
+            detail = f"{about}: {error.message}" if about else error.message
+            self._house.events.failed(
+                "opened",
+                actor=actor,
+                outcome=type(error).__name__,
+                mount_id=self.id,
+                backup_id=self.session.wish.backup.id,
+                path=path,
+                detail=detail,
+            )
+            raise
+        self._record("opened", actor, parsed, detail=about, size=info.size)
         return descriptor, info
 
     async def _room_for_a_file(self) -> None:

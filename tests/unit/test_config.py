@@ -50,6 +50,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         [limits]
         open_files = 5
         listings = 2
+        file_bytes = "3GiB"
         [attach]
         backend = "fuse"
         timeout = "1.5min"
@@ -74,7 +75,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     )
     assert found == Config(
         mounts=config.Mounts(Path("/mnt/x"), 2, 1, 120.0, 10800.0, 172800.0, 300.0, 30.0),
-        limits=config.Limits(5, 2),
+        limits=config.Limits(5, 2, 3 << 30),
         attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), 70000, 70001),
         image=config.Image(3),
         database=config.Database("sqlite:////tmp/x.db"),
@@ -90,6 +91,14 @@ def test_an_idle_timeout_is_not_shorter_than_a_minute_nor_longer_than_the_longes
 ) -> None:
     with pytest.raises(ConfigError, match=r"mounts\.idle_timeout must be from 60 s to mounts\.max_idle_timeout"):
         parsed(f"[mounts]\nidle_timeout = {seconds}", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["0", '"0"', '"none"', "-1", "true", '"1KiB"', "1048575"])
+def test_a_limit_is_a_size_or_says_that_it_is_none(tmp_path: Path, text: str) -> None:
+    assert parsed('[limits]\nfile_bytes = "unlimited"', tmp_path).limits.file_bytes is None
+    assert parsed("[limits]\nfile_bytes = 1048576", tmp_path).limits.file_bytes == 1 << 20
+    with pytest.raises(ConfigError, match=r"limits\.file_bytes"):
+        parsed(f"[limits]\nfile_bytes = {text}", tmp_path)
 
 
 def test_every_field_has_a_parser_and_the_other_way_round() -> None:

@@ -389,6 +389,36 @@ async def test_refusals_of_long_ago_are_forgotten(events: Events, clock: Clock) 
     assert len(events._refusals) == 1
 
 
+def fail(events: Events, path: str, *, actor: Actor = ANNA, outcome: str = "PathNotFound", mount: str = "m1") -> None:
+    events.failed(
+        "opened", actor=actor, outcome=outcome, mount_id=mount, backup_id="b1", path=path, detail=f"not {path}"
+    )
+
+
+async def test_failures_alike_are_one_event_a_minute_and_a_number(events: Events, table: Table, clock: Clock) -> None:
+    for number in range(1000):
+        fail(events, f"/{number}")
+    fail(events, "/other", outcome="TooLarge")
+    fail(events, "/other", mount="m2")
+    fail(events, "/other", actor=AGENT)
+    fail(events, "/other", actor=AGENT._replace(on_behalf_of="bob"))
+    await events.flush()
+    alike = [("m1", "PathNotFound"), ("m1", "TooLarge"), ("m2", "PathNotFound"), *[("m1", "PathNotFound")] * 2]
+    assert [(row.mount_id, row.outcome) for row in table.rows] == alike
+    assert [(row.what, row.path, row.detail, row.size) for row in table.rows[:2]] == [
+        ("opened", "/0", "not /0", None),
+        ("opened", "/other", "not /other", None),
+    ]
+    clock.passed = REFUSALS_EVERY
+    fail(events, "/later")
+    await events.flush()
+    assert [(row.mount_id, row.outcome, row.path, row.detail) for row in table.rows[5:]] == [
+        ("m1", "PathNotFound", "", "999 more within a minute"),
+        ("m1", "PathNotFound", "/later", "not /later"),
+    ]
+    assert len(events._refusals) == 1
+
+
 # The bound
 
 

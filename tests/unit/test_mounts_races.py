@@ -139,7 +139,7 @@ async def test_as_many_files_are_open_as_may_be_however_many_ask_at_once(house: 
     house.mounts.reload(config.Config(mounts=house.settings.mounts, limits=limits))
     mount = await house.mount()
     house.simulator.outside.append(sim.Reading(count=4))
-    asking = [mount.open(Actor(ANNA), (b"partition-1", b"etc", b"motd")) for _ in range(8)]
+    asking = [mount.open(Actor(ANNA), "/partition-1/etc/motd") for _ in range(8)]
     told = await asyncio.gather(*asking, return_exceptions=True)
     given = [each[0] for each in told if isinstance(each, tuple)]
     for descriptor in given:
