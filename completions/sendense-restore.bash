@@ -55,12 +55,14 @@ _sendense_restore_know() { # what may follow command $1: sets commands, options,
             arguments=(mount guest)
             ;;
         'cat')
-            options='--json --help'
+            options='--stream --json --help'
             arguments=(mount guest)
+            values[--stream]='none'
             ;;
         'get')
-            options='--force --json --help'
+            options='--stream --force --json --help'
             arguments=(mount guest file)
+            values[--stream]='none'
             ;;
         'unmount')
             options='--force --expired --on-behalf-of --json --help'

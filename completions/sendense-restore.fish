@@ -9,7 +9,7 @@ function __sendense_restore_given # the words before the cursor that are neither
         else if test $ended = no -a "$word" = --
             set ended yes
         else if test $ended = no; and string match -qr -- '^-.' $word
-            if contains -- $word --depth --disk --idle-timeout --journal --kind --limit --max-depth --max-size --min-size --mount --name --newer --older --on-behalf-of --parent --repository --status --vm
+            if contains -- $word --depth --disk --idle-timeout --journal --kind --limit --max-depth --max-size --min-size --mount --name --newer --older --on-behalf-of --parent --repository --status --stream --vm
                 set skip yes
             end
         else
@@ -146,11 +146,13 @@ complete -c sendense-restore -n '__sendense_restore_at \'stat\'' -l help -d 'Sho
 complete -c sendense-restore -n '__sendense_restore_at \'stat\' 1' -a '(__sendense_restore_mount)'
 complete -c sendense-restore -n '__sendense_restore_at \'stat\' 2' -a '(__sendense_restore_guest)'
 # cat
+complete -c sendense-restore -n '__sendense_restore_at \'cat\'' -l stream -x -d 'That alternate stream of the file or directory (NTFS), such as Zone.Identifier; \'stat\' shows those it has.'
 complete -c sendense-restore -n '__sendense_restore_at \'cat\'' -l json -d 'Print one JSON document; an error is one as well, on stderr.'
 complete -c sendense-restore -n '__sendense_restore_at \'cat\'' -l help -d 'Show this message and exit.'
 complete -c sendense-restore -n '__sendense_restore_at \'cat\' 1' -a '(__sendense_restore_mount)'
 complete -c sendense-restore -n '__sendense_restore_at \'cat\' 2' -a '(__sendense_restore_guest)'
 # get
+complete -c sendense-restore -n '__sendense_restore_at \'get\'' -l stream -x -d 'That alternate stream of the file or directory (NTFS), such as Zone.Identifier; \'stat\' shows those it has.'
 complete -c sendense-restore -n '__sendense_restore_at \'get\'' -l force -d 'Replace the file that is there.'
 complete -c sendense-restore -n '__sendense_restore_at \'get\'' -l json -d 'Print one JSON document; an error is one as well, on stderr.'
 complete -c sendense-restore -n '__sendense_restore_at \'get\'' -l help -d 'Show this message and exit.'

@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import typer
 from rich.console import Console
@@ -15,12 +15,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from sendense_restored import errors, names
 
 from . import download, output
-from .frame import GUEST_PATH, JSON, LONG, MOUNT, NUL, call, find_mount, flag, guest_path
+from .frame import GUEST_PATH, JSON, LONG, MOUNT, NUL, as_text, call, find_mount, flag, guest_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sendense_restored.client import Client, Entry, FileInfo
+
+
+STREAM = typer.Option(
+    None,
+    "--stream",
+    metavar="NAME",
+    show_default=False,
+    help="That alternate stream of the file or directory (NTFS), such as Zone.Identifier; 'stat' shows those it has.",
+)
 
 
 def ls(
@@ -51,7 +60,7 @@ def _long(entry: Entry, slash: str) -> str:
     # What a service of another version puts here need not be text.
     notes = [str(entry.extras.get(key, "")) for key in ("display_name", "unreadable")]
     return output.long_line(
-        entry.kind, entry.mode, entry.size, entry.mtime_ns, entry.name + slash, entry.target, notes
+        entry.kind, entry.mode, entry.size, entry.mtime_ns, entry.name + slash, entry.target, *notes
     )
 
 
@@ -77,17 +86,24 @@ def stat(*, mount: str = MOUNT, path: str = GUEST_PATH, as_json: bool = JSON) ->
         "changed": output.local_time(info.ctime_ns // 10**9),
         "accessed": output.local_time(info.atime_ns // 10**9),
         "xattrs": " ".join(info.xattrs),
-        "streams": " ".join(info.streams),
         "unreadable": info.unreadable,
     }
     for name, text in lines.items():
         if text:
             output.line(f"{name + ':':<12}{text}")
+    for stream in info.streams:  # a line for each, as their names may have blanks
+        output.line(f"{'stream:':<12}{stream}")
 
 
-def cat(*, mount: str = MOUNT, path: str = GUEST_PATH, as_json: bool = JSON) -> None:  # noqa: ARG001 - errors only
+def cat(
+    *,
+    mount: str = MOUNT,
+    path: str = GUEST_PATH,
+    stream: Optional[str] = STREAM,  # noqa: UP045 - typer 0.7 does not know str | None
+    as_json: bool = JSON,  # noqa: ARG001 - errors only
+) -> None:
     """Write a guest file to standard output, byte for byte."""
-    with _opened(mount, guest_path(path)) as (source, _):
+    with _opened(mount, guest_path(path), stream) as (source, _):
         sys.stdout.flush()
         download.write_out(source, sys.stdout.fileno())
 
@@ -97,16 +113,17 @@ def get(
     mount: str = MOUNT,
     path: str = GUEST_PATH,
     destination: str = typer.Argument(".", metavar="[DEST]", help="A new file, or a directory to put it in."),
+    stream: Optional[str] = STREAM,  # noqa: UP045 - as above
     force: bool = flag("--force", text="Replace the file that is there."),
     as_json: bool = JSON,
 ) -> None:
     """Restore a guest file to this host."""
     path = guest_path(path)
-    target = _target(path, destination)
+    target = _target(path, destination, stream)
     told = names.to_text(os.fsencode(target))  # like a guest name: it may hold one that is not UTF-8
     if not force and os.path.lexists(target):  # before the file is transferred; `save` makes sure again
         raise errors.InvalidOption(f"{told} exists; give --force to replace it")
-    with _opened(mount, path) as (source, info):
+    with _opened(mount, path, stream) as (source, info):
         try:
             with _progress(told, info.size, hidden=as_json) as copied:
                 download.save(
@@ -128,24 +145,28 @@ def get(
         output.line(f"saved {told} ({output.size(info.size)})")
 
 
-def _target(path: str, destination: str) -> Path:
+def _target(path: str, destination: str, stream: str | None) -> Path:
     components = names.parse_path(path)
-    if len(components) < 2:
+    if len(components) < (2 if stream is None else 1):
         raise errors.NotAFile("this is a volume, not a file; give the path of a file in it")
+    name = components[-1]
+    if stream is not None:
+        name += b":" + names.parse_stream(as_text(stream))  # as Windows writes it
     target = Path(destination)
     if target.is_dir():
-        return target / os.fsdecode(components[-1])
+        return target / os.fsdecode(name)
     if destination.endswith("/") or not target.parent.is_dir():
         raise errors.InvalidOption(f"there is no directory for {destination}; make it first")
     return target
 
 
 @contextmanager
-def _opened(mount: str, path: str) -> Iterator[tuple[int, FileInfo]]:
+def _opened(mount: str, path: str, stream: str | None) -> Iterator[tuple[int, FileInfo]]:
     """A guest file's descriptor; it alone keeps the mount, the connection is not needed while bytes flow."""
 
     async def work(client: Client) -> tuple[int, FileInfo]:
-        return await client.open_file(await find_mount(client, mount), path)
+        name = None if stream is None else as_text(stream)
+        return await client.open_file(await find_mount(client, mount), path, stream=name)
 
     source, info = call(work)
     try:

@@ -20,7 +20,7 @@ from sendense_restored import names
 from sendense_restored.client import Entry, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from sendense_restored.client import Backup, Event, FileInfo, Found, MountInfo, Vm, Volume
 
@@ -197,13 +197,15 @@ def is_directory(kind: str) -> bool:
     return kind in {"directory", "volume"}
 
 
-def long_line(kind: str, bits: int, count: int, mtime_ns: int, name: str, target: str, notes: Iterable[str]) -> str:
-    """A line of ``ls -l``; the notes that say something stand at its end."""
+def long_line(
+    kind: str, bits: int, count: int, mtime_ns: int, name: str, target: str, note: str, unreadable: str
+) -> str:
+    """A line of ``ls -l``; what there is to note, and why it cannot be read, stand at its end."""
     time = local_time(mtime_ns // 10**9) or "-"
     text = f"{mode(kind, bits)} {count:>15} {time:>16} {name}"
     if kind == "symlink":
         text += f" -> {target}"
-    return text + "".join(f" ({each})" for each in notes if each)
+    return text + (f" ({note})" if note else "") + (f" (unreadable: {unreadable})" if unreadable else "")
 
 
 def mode(kind: str, bits: int) -> str:

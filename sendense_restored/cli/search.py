@@ -112,7 +112,7 @@ def find(
 
 def _long(found: Found) -> str:
     notes = (found.display_name, found.unreadable)
-    return output.long_line(found.kind, found.mode, found.size, found.mtime_ns, found.path, found.target, notes)
+    return output.long_line(found.kind, found.mode, found.size, found.mtime_ns, found.path, found.target, *notes)
 
 
 def _complain(problems: int) -> None:

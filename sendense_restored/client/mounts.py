@@ -133,9 +133,17 @@ class MountMethods(Messages):
         (answer,) = await self._call(mount_object(mount), MOUNT, "GetFileInfo", *arguments, answer="a{sv}")
         return FileInfo.decode(answer)
 
-    async def open_file(self, mount: str, path: str, *, on_behalf_of: str = "") -> tuple[int, FileInfo]:
-        """A read-only descriptor of a regular file, which the caller owns and closes, and what it leads to."""
-        arguments = ("s", path), _options(on_behalf_of)
+    async def open_file(
+        self, mount: str, path: str, *, stream: str | None = None, on_behalf_of: str = ""
+    ) -> tuple[int, FileInfo]:
+        """A read-only descriptor of a regular file, which the caller owns and closes, and what it leads to.
+
+        ``stream``: of that alternate stream of a file or directory on NTFS; ``file_info`` has their names.
+        """
+        options = given(on_behalf_of=("s", on_behalf_of))
+        if stream is not None:  # an empty one is for the service to refuse
+            options["stream"] = ("s", stream)
+        arguments = ("s", path), ("a{sv}", options)
         reply = await self._exchange(mount_object(mount), MOUNT, "OpenFile", *arguments, answer="ha{sv}")
         try:
             index, answer = reply.values

@@ -244,6 +244,24 @@ async def test_stat(service: FakeService, cli: CommandLine) -> None:
     text = (await cli("stat", MOUNT_ID, "/partition-1/a")).out
     assert "mode:       4755 (-rwsr-xr-x)\n" in text
     assert "size:       1536 (1.5 KiB, 4.0 KiB on disk)\n" in text
+    assert "stream" not in text
+    assert "unreadable" not in text
+
+
+async def test_stat_tells_streams_and_why_a_file_cannot_be_read(service: FakeService, cli: CommandLine) -> None:
+    info = variants(kind="file", size=9, streams=["Zone.Identifier", "two words"], unreadable="encrypted; ask her")
+    service.answers["GetFileInfo"] = Answer("a{sv}", info)
+    answer = (await cli("stat", MOUNT_ID, "/partition-1/a", "--json")).json
+    assert answer["streams"] == ["Zone.Identifier", "two words"]
+    lines = (await cli("stat", MOUNT_ID, "/partition-1/a")).out.splitlines()
+    assert lines[-3:] == ["unreadable: encrypted; ask her", "stream:     Zone.Identifier", "stream:     two words"]
+
+
+async def test_ls_long_marks_what_cannot_be_read(service: FakeService, cli: CommandLine) -> None:
+    service.answers["ListFiles"] = Answer(LISTING, [entry("hidden", size=9, unreadable="EFS"), entry("open")], "")
+    hidden, readable = (await cli("ls", MOUNT_ID, "-l")).out.splitlines()
+    assert hidden.endswith(" hidden (unreadable: EFS)")
+    assert readable.endswith(" open")
 
 
 async def test_unmount(service: FakeService, cli: CommandLine) -> None:
@@ -430,6 +448,34 @@ async def test_get_of_a_file_of_another_size_leaves_nothing(
 ) -> None:
     service.answers["OpenFile"] = Answer("ha{sv}", 0, variants(size=1 << 30), fds=(service.open(guest_file),))
     assert (await cli("get", MOUNT_ID, "/partition-1/a")).code == 1
+    assert not list(here.iterdir())
+
+
+async def test_a_stream_is_opened_by_its_name_and_saved_beside_its_file(
+    service: FakeService, cli: CommandLine, guest_file: Path, here: Path
+) -> None:
+    outcome = await cli("get", MOUNT_ID, "/partition-1/a", "--stream", "Zone.Identifier")
+    assert outcome == Outcome(0, "saved a:Zone.Identifier (9.0 MiB)\n", "")
+    assert service.called_with("OpenFile") == ["/partition-1/a", {"stream": "Zone.Identifier"}]
+    assert (here / "a:Zone.Identifier").read_bytes() == guest_file.read_bytes()
+    assert (await cli("get", MOUNT_ID, "/partition-1", "out", "--stream", "of the root")).code == 0
+    assert service.called_with("OpenFile") == ["/partition-1", {"stream": "of the root"}]
+
+
+async def test_cat_of_a_stream_takes_its_name_raw_or_in_its_text_form(service: FakeService, guest_file: Path) -> None:
+    for typed in (b"caf\xe9", "caf\uefe9".encode()):
+        code, out, _ = await ended(await program("cat", MOUNT_ID, "/partition-1/a", "--stream", typed))
+        assert (code, out) == (0, guest_file.read_bytes())
+        assert service.called_with("OpenFile") == ["/partition-1/a", {"stream": "caf\uefe9"}]
+
+
+@pytest.mark.parametrize("stream", ["", "a:b", "a/b"])
+async def test_get_of_what_is_no_stream_asks_nobody(
+    service: FakeService, cli: CommandLine, here: Path, stream: str
+) -> None:
+    assert (await cli("get", MOUNT_ID, "/partition-1/a", "--stream", stream)).code == 2
+    assert (await cli("get", MOUNT_ID, "/", "--stream", "s")).code == 5
+    assert not service.calls
     assert not list(here.iterdir())
 
 

@@ -52,7 +52,7 @@ async def test_find_long(service: FakeService, cli: CommandLine) -> None:
     )
     link, hidden = (await cli("find", MOUNT_ID, "-l")).out.splitlines()
     assert re.fullmatch(r"lrw-r--r-- +3 2023-11-1\d \d\d:\d\d /disk/l -> a", link)
-    assert re.fullmatch(r"-rw-r--r-- +9 .{16} /disk/e \(EFS\)", hidden)
+    assert re.fullmatch(r"-rw-r--r-- +9 .{16} /disk/e \(unreadable: EFS\)", hidden)
 
 
 async def test_find_sends_the_conditions_in_the_contracts_units(service: FakeService, cli: CommandLine) -> None:

@@ -268,6 +268,13 @@ async def test_methods_of_a_mount_can_speak_for_somebody(service: FakeService, c
         assert [service.called_with(member)[-1] for member in service.answers] == [options] * 7
 
 
+async def test_a_stream_is_named_if_one_is_meant(service: FakeService, client: Client, file: Path) -> None:
+    service.answers["OpenFile"] = lambda _: Answer("ha{sv}", 0, {}, fds=(service.open(file),))
+    for stream, options in ((None, {}), ("a b", {"stream": "a b"}), ("", {"stream": ""})):
+        os.close((await client.open_file(MOUNT_ID, "/disk/a", stream=stream))[0])
+        assert service.called_with("OpenFile") == ["/disk/a", options]
+
+
 async def test_unmount_says_force_only_when_asked(service: FakeService, client: Client) -> None:
     service.answers["Unmount"] = Answer()
     await client.unmount(MOUNT_ID)

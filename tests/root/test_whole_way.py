@@ -18,6 +18,7 @@ import pytest
 
 from sendense_restored import errors, names
 from sendense_restored.client import Client
+from tests.root import windows
 from tools.lab import leftovers
 from tools.lab.bus import CHECKOUT
 from tools.lab.service import service
@@ -426,16 +427,45 @@ async def test_a_daemon_that_ends_leaves_nothing_even_if_it_is_killed(
     assert chain.unchanged()
 
 
+def as_backup(raw: Path) -> None:
+    """Put a disk into a repository, which is the directory that it lies in."""
+    (raw.parent / "vm").mkdir()
+    windows.run("qemu-img", "convert", "-O", "qcow2", raw, raw.parent / "vm/disk.qcow2")
+
+
+async def test_ntfs_through_the_whole_service(machine: Machine, tmp_path: Path) -> None:
+    raw = windows.make(tmp_path / "raw")
+    with windows.written(raw) as inside:
+        (inside / "Users").mkdir()
+        windows.write(inside / "Users/report", b"content", **{"Zone.Identifier": b"[ZoneTransfer]"})
+        windows.junction(inside / "Documents and Settings", "C:\\Users")
+        windows.encrypt(windows.write(inside / "secret", windows.PADDED))
+        windows.reparse(windows.write(inside / "compressed"), 0x80000017, bytes(16))
+    as_backup(raw)
+    with service(machine.bus, tmp_path):
+        async with await Client.connect(machine.bus.address) as client:
+            await client.scan(await client.add_repository("ntfs", str(tmp_path)))
+            mount = await client.mount((await client.list_backups())[0][0].backup_id)
+            report = "/disk/Documents and Settings/report"
+            assert (await client.file_info(mount, "/disk/Documents and Settings")).target == "/Users"
+            assert (await client.file_info(mount, report)).streams == ("Zone.Identifier",)
+            for stream, content in ((None, b"content"), ("Zone.Identifier", b"[ZoneTransfer]")):
+                descriptor, info = await client.open_file(mount, report, stream=stream)
+                assert (os.pread(descriptor, 100, 0), info.size) == (content, len(content))
+                os.close(descriptor)
+            entries, _ = await client.list_files(mount, "/disk")
+            unreadable = {entry.name: entry.kind for entry in entries if "unreadable" in entry.extras}
+            assert unreadable == {"secret": "file", "compressed": "file"}
+            for name in unreadable:
+                with pytest.raises(errors.Unreadable):
+                    await client.open_file(mount, f"/disk/{name}")
+            await client.unmount(mount)
+
+
 async def test_a_killed_daemon_takes_ntfs_3g_along(machine: Machine, tmp_path: Path) -> None:
     """Its mount is one that the kernel asks the server to end (fuseblk): it must not be the last in the namespace."""
     before = leftovers.of_the_machine()
-    (tmp_path / "vm").mkdir()
-    for argv in (
-        ("truncate", "--size=32M", "raw"),
-        ("mkntfs", "--quiet", "--fast", "--force", "raw"),
-        ("qemu-img", "convert", "-O", "qcow2", "raw", "vm/ntfs.qcow2"),
-    ):
-        subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)  # noqa: ASYNC221 - nothing else to do
+    as_backup(windows.make(tmp_path / "raw"))
     with service(machine.bus, tmp_path) as daemon:
         async with await Client.connect(machine.bus.address) as client:
             await client.scan(await client.add_repository("ntfs", str(tmp_path)))
