@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import database_url
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
@@ -100,9 +102,12 @@ class Image:
 
 @dataclass(frozen=True)
 class Database:
-    """Section ``[database]``."""
+    """Section ``[database]``; see ``database_url``. Not in ``repr``: there may be passwords in them."""
 
-    url: str = "sqlite:////var/lib/sendense-restore/restore.db"
+    url: str = field(default="sqlite:////var/lib/sendense-restore/restore.db", repr=False)
+    """Where our own records are."""
+    catalog_url: str | None = field(default=None, repr=False)
+    """Where the backups' tables are; None for the same database."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +277,12 @@ def _backend(name: str, value: object) -> str:
 
 
 def _database_url(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value.startswith("sqlite:////"):
-        raise ConfigError(f"{name} must be 'sqlite:///' and an absolute path")
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be text such as 'sqlite:////var/lib/sendense-restore/restore.db'")
+    try:
+        database_url.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} {error}") from None
     return value
 
 
@@ -308,6 +317,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "attach.probe_uid": _uid,
     "image.chain_depth": _count(1, 512),  # QEMU gets the chain as one argument, which may have 128 KiB
     "database.url": _database_url,
+    "database.catalog_url": _database_url,
     "events.keep": _count(100, 10_000_000),
     "events.max_age": _duration,
     "readers.uids": _uid_range,

@@ -208,6 +208,8 @@ def from_dbus(name: str, message: str) -> RestoreError:
         return cls(message)
     if name == _FREEDESKTOP + "AccessDenied":
         return NotAuthorized(f"the bus policy does not allow it: {message}")
+    if name == _FREEDESKTOP + "UnknownInterface":
+        return Unavailable(f"the restore service does not offer that as it is set up: {message}")
     if name == _FREEDESKTOP + "LimitsExceeded":
         return LimitReached(f"the message bus is at one of its limits; try again in a moment: {message}")
     if name.startswith((_FREEDESKTOP + "Spawn.", "org.freedesktop.systemd1.")) or name in _UNREACHABLE:

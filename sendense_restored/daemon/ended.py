@@ -1,4 +1,7 @@
-"""What became of mounts that are gone, for a day: their callers are told why, and not just that there is nothing."""
+"""What became of mounts that are gone, for a day: their callers are told why, and not just that there is nothing.
+
+So are those of mounts that are to be made again and cannot be yet.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ class Ended:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._ended: dict[str, tuple[float, str]] = {}  # in the order of their end: clock, reason
+        self.waiting: frozenset[str] = frozenset()
+        """Mounts of an earlier daemon that nothing can be said of: what they are is in a catalogue that is away."""
 
     def add(self, mount_id: str, reason: str) -> None:
         """A mount has ended just now."""
@@ -50,6 +55,8 @@ class Ended:
 
     def error(self, mount_id: str) -> errors.RestoreError:
         """What somebody who asks for that mount is told."""
+        if mount_id in self.waiting:
+            return errors.Unavailable("the mount is not made again yet, as the catalogue cannot be read; try again")
         if mount_id not in self._ended or self._is_forgotten(self._ended[mount_id][0]):
             return errors.MountNotFound("there is no such mount; list the mounts to see yours")
         at, reason = self._ended[mount_id]

@@ -66,7 +66,7 @@ class Service:
         """Publish the root object. Calls that came earlier were answered with Unavailable."""
         self._authority, self._mounts, self._events = parts.authority, parts.mounts, parts.events
         self._exports = Exports(bus, ROOT_PATH, unknown_object=self._unknown, refused=self._refused)
-        self._root = Root(parts)
+        self._root = Root(parts) if parts.store.embedded else ApplianceRoot(parts)
         self._exports.add(self._root)
 
     def reloaded(self) -> None:
@@ -249,7 +249,7 @@ class Manager(Exported, interface=f"{BUS_NAME}.Manager"):
 
 
 class CatalogInterface(Exported, interface=f"{BUS_NAME}.Catalog"):
-    """The embedded catalogue."""
+    """The embedded catalogue; that of an appliance is not changed from here."""
 
     _parts: Parts
 
@@ -328,8 +328,8 @@ class CatalogInterface(Exported, interface=f"{BUS_NAME}.Catalog"):
         self._parts.events.record("managed", actor=_actor(call, {}), detail=what)
 
 
-class Root(Manager, CatalogInterface):
-    """``/com/sendense/Restore1``."""
+class ApplianceRoot(Manager):
+    """``/com/sendense/Restore1`` where the catalogue is the appliance's."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(ROOT_PATH)
@@ -350,6 +350,10 @@ class Root(Manager, CatalogInterface):
     async def visible_to(self, call: Call) -> bool:
         """Everybody sees what the service is."""
         return True
+
+
+class Root(ApplianceRoot, CatalogInterface):
+    """``/com/sendense/Restore1`` where the catalogue is the embedded one."""
 
 
 class MountObject(Exported, interface=f"{BUS_NAME}.Mount"):

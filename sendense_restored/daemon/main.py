@@ -38,7 +38,7 @@ from .mounts import Mounts
 from .notify import ServiceManager
 from .reload import Reload
 from .resume import Resume
-from .store import Store, StoreError
+from .store import Store, StoreError, StoreUnreachable
 from .sweep import Sweep
 
 if TYPE_CHECKING:
@@ -66,14 +66,14 @@ def main() -> None:
         settings = config.load(arguments.config)
         prepare(settings)
         sys.exit(asyncio.run(run(settings, arguments.config, manager)))
+    except (BusError, OSError, CatalogUnavailable, StoreUnreachable) as error:
+        log.critical("not starting: %s", error)
+        manager.notice(f"not starting: {error}")
+        sys.exit(1)
     except (config.ConfigError, ToolMissingError, StoreError) as error:
         log.critical("not starting: %s", error)
         manager.notice(f"not starting: {error}")
         sys.exit(EXIT_CONFIG)
-    except (BusError, OSError, CatalogUnavailable) as error:
-        log.critical("not starting: %s", error)
-        manager.notice(f"not starting: {error}")
-        sys.exit(1)
 
 
 def prepare(settings: config.Config) -> None:
@@ -150,7 +150,7 @@ async def run(settings: config.Config, file: Path, manager: ServiceManager) -> i
         stack.callback(events.close)
         machine = await Machine.start(settings, events)
         stack.push_async_callback(machine.close)
-        store = await Store.open(settings.database.url)
+        store = await Store.open(settings.database.url, settings.database.catalog_url)
         stack.push_async_callback(store.close)
         clock = BootClock()
         stack.callback(clock.close)

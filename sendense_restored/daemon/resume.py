@@ -4,6 +4,9 @@ The kernel took everything away with the daemon; the database has the wishes. ``
 service has its name, so that no client ever finds one missing; building goes on in the background, one mount after
 the other: the number of attempts is written down *before* each, and if an image brings down the machine, that one
 alone is blamed. After two attempts it has failed. A stop in good order sets the number back.
+
+What a wish means stands in the catalogue. As long as that cannot be read, a wish stays what it is, and the sweep asks
+for it again.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ PAUSE = 30.0
 """Seconds between two attempts: storage that is mounted late, after a reboot, may be there then."""
 
 
+class _UnreadableError(Exception):
+    """The catalogue does not say what a wish means."""
+
+
 class Resume:
     """Makes mounts again, once, after a start."""
 
@@ -51,19 +58,29 @@ class Resume:
         """Take in all mounts that are wished for and begin to build them; how many. Raises CatalogUnavailable."""
         from_now = self._clock.unix()
         self._mounts.ended.load(await self._store.ended_mounts(datetime.fromtimestamp(from_now - REMEMBERED, UTC)))
-        return sum([await self._consider(row, claims) for row, claims in await self._store.wished()])
+        return await self._consider_all(await self._store.wished())
 
     async def missing(self, ids: Collection[str]) -> None:
         """Take in those of these rows that are wished for: the catalogue could not be read when it was tried.
 
         Raises CatalogUnavailable.
         """
-        for row, claims in await self._store.wished():
-            if row.id in ids:
-                await self._consider(row, claims)
+        await self._consider_all([each for each in await self._store.wished() if each[0].id in ids])
+
+    async def _consider_all(self, wished: Sequence[tuple[MountRow, Sequence[ClaimRow]]]) -> int:
+        """Take in what is wished for; how many. What cannot be told yet is ``waiting``."""
+        taken, waiting = 0, set()
+        for row, claims in wished:
+            try:
+                taken += await self._consider(row, claims)
+            except _UnreadableError as error:
+                log.warning("not resuming %s yet: %s", row.id, error)
+                waiting.add(row.id)
+        self._mounts.ended.waiting = frozenset(waiting)
+        return taken
 
     async def _consider(self, row: MountRow, claims: Sequence[ClaimRow]) -> bool:
-        """Take a mount in if it is wished for; whether it was."""
+        """Take a mount in if it is wished for; whether it was. Raises _UnreadableError."""
         now = self._clock.unix()
         valid = [claim for claim in claims if claim.expires_at is None or claim.expires_at.timestamp() > now]
         if reason := self._over(row, valid):
@@ -77,9 +94,7 @@ class Resume:
                 journal=row.journal,
             )
         except errors.CatalogUnavailable as error:
-            # That says nothing about the wish; the sweep asks again.
-            log.warning("not resuming %s yet: %s", row.id, error)
-            return False
+            raise _UnreadableError(error.message) from error  # that says nothing about the wish
         except errors.RestoreError as error:
             await self._end(row, f"it could not be made again: {error.message}")
             return False

@@ -2,7 +2,10 @@
 
 Everything has an event of its own that should have dealt with it; the sweep is for what slipped through, and for
 what changes without telling us: backups that leave the catalogue, rows that somebody deleted, parts that could not
-be taken away at first. It runs every so often by the clock, and at once when asked.
+be taken away at first. It runs every so often by the clock, and at once when asked; and sooner than usual as long as
+mounts of an earlier daemon wait for a catalogue that is away.
+
+Only a catalogue that can be read, and does not have a backup, ends a mount of it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import errors
 
+from .resume import PAUSE
 from .session import State
 from .store import MountStatus
 
@@ -63,6 +67,8 @@ class Sweep:
     def start(self) -> None:
         """Run from now on, each time after the configured interval."""
         interval = self._mounts.config.mounts.sweep_interval
+        if self._mounts.ended.waiting:
+            interval = min(interval, PAUSE)
         self._timer = self._clock.call_at(self._clock.now() + interval, self._due)
 
     def _due(self) -> None:
@@ -90,7 +96,7 @@ class Sweep:
         async with self._one_at_a_time:
             mounts = list(self._mounts)  # before the rows are read: one that begins meanwhile has none among them
             rows = {row.id: row for row in await self._store.mount_rows()}
-            there = await self._store.backup_ids({mount.session.wish.backup.id for mount in mounts})
+            there = await self._in_the_catalogue({mount.session.wish.backup.id for mount in mounts})
             ended = 0
             for mount in mounts:
                 if not await self._look_at(mount, rows.get(mount.id), known=mount.session.wish.backup.id in there):
@@ -106,6 +112,14 @@ class Sweep:
             kept = self._mounts.config.events
             await self._events.trim(keep=kept.keep, older=kept.max_age)
         return ended
+
+    async def _in_the_catalogue(self, ids: set[str]) -> set[str]:
+        """Those of these backups that are there, as far as is known."""
+        try:
+            return await self._store.backup_ids(ids)
+        except errors.CatalogUnavailable as error:
+            log.warning("not looking for backups that are gone: %s", error)
+            return ids
 
     async def _look_at(self, mount: Mount, row: MountRow | None, *, known: bool) -> bool:
         """Mend what is wrong with one mount; whether it still is there."""

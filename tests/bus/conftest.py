@@ -1,9 +1,13 @@
-"""A message bus with the limits of a system bus, a daemon's side of it, misbehaving peers and a fake service."""
+"""A message bus with the limits of a system bus, a daemon's side of it, misbehaving peers and a fake service.
+
+And a database server.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +20,7 @@ from sendense_restored.daemon.bus import Bus, Call, Reply
 from tests.bus.command_line import Outcome
 from tests.bus.fake import FakeService
 from tests.bus.peer import Peer
+from tools.lab import mariadb as lab_mariadb
 from tools.lab.bus import PrivateBus, message_bus
 
 if TYPE_CHECKING:
@@ -123,3 +128,33 @@ def cli(capfd: pytest.CaptureFixture[str]) -> CommandLine:
 async def service(bus_address: str) -> AsyncIterator[FakeService]:
     async with FakeService(bus_address) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def installed_mariadb() -> Iterator[Path]:
+    """The data of a server that has never run."""
+    with tempfile.TemporaryDirectory(prefix="restore-mariadb-") as name:
+        lab_mariadb.install(Path(name) / "data")
+        yield Path(name) / "data"
+
+
+@pytest.fixture(scope="session")
+def mariadb(installed_mariadb: Path) -> Iterator[lab_mariadb.Server]:
+    """A server that stays as it is; what a test makes in it, it takes away."""
+    with a_server(installed_mariadb) as server:
+        yield server
+
+
+@pytest.fixture
+def mortal_mariadb(installed_mariadb: Path) -> Iterator[lab_mariadb.Server]:
+    """One of the test's own, to be stopped, killed or to hang."""
+    with a_server(installed_mariadb) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def a_server(installed: Path) -> Iterator[lab_mariadb.Server]:
+    with tempfile.TemporaryDirectory(prefix="restore-mariadb-") as name:
+        shutil.copytree(installed, Path(name) / "data")
+        with lab_mariadb.Server(Path(name)) as server:
+            yield server

@@ -170,7 +170,7 @@ def test_sizes(tmp_path: Path, text: str, size: int) -> None:
         ('[readers]\nuids = "200-100"', "a range"),
         ("[readers]\nuids = 61000", "a range"),
         ('[readers]\nuids = "1000-1003"', "mounts.max needs 8"),
-        ('[database]\nurl = "mysql://x"', "sqlite:///"),
+        ('[database]\nurl = "mysql://x"', "must name a user"),
         ('[database]\nurl = "sqlite:///relative.db"', "sqlite:///"),
         ("[mounts", "restored.toml"),
     ],

@@ -108,7 +108,7 @@ class WalkHouse(House):
 
     def _count(self, store: Store) -> None:
         """Count what the store has been asked and has not answered yet."""
-        run = store._database._run
+        run = store._records._run
 
         async def counted(*arguments: Any) -> Any:  # noqa: ANN401 - whatever it is
             self._asked_of_the_store += 1
@@ -117,7 +117,7 @@ class WalkHouse(House):
             finally:
                 self._asked_of_the_store -= 1
 
-        store._database._run = counted  # type: ignore[method-assign, assignment]  # stands in for it
+        store._records._run = counted  # type: ignore[method-assign, assignment]  # stands in for it
 
     def begin(self) -> None:
         wanted = self._wanted

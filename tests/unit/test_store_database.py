@@ -19,6 +19,7 @@ from sendense_restored.daemon.store import ClaimRow, DiskFile, Store, StoreError
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.migrations import MARKER, MIGRATIONS, Migration, migrate
 from sendense_restored.daemon.store.models import MODELS, BackupJob, bind_to_thread, to_stored
+from sendense_restored.daemon.store.sqlite import OwnFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +53,10 @@ def execute(path: Path, *statements: str) -> None:
             connection.execute(statement)
 
 
+async def open_database(path: Path, busy_timeout: float = 5.0) -> Database:
+    return await Database.open(OwnFile(path, embedded=True, busy_timeout=busy_timeout))
+
+
 async def make(url: str) -> None:
     async with await Store.open(url) as store:
         await store.add_repository("Main", "/srv/backups")
@@ -80,8 +85,8 @@ async def test_what_was_written_is_there_after_a_restart(url: str) -> None:
         assert (await store.backup("b1")).vm_name == "web"
 
 
-async def test_the_connection_is_set_up_as_it_must_be(url: str) -> None:
-    database = await Database.open(url, busy_timeout=1.5)
+async def test_the_connection_is_set_up_as_it_must_be(path: Path) -> None:
+    database = await open_database(path, 1.5)
 
     def pragma(name: str) -> object:
         return BackupJob._meta.database.execute_sql(f"PRAGMA {name}").fetchone()[0]
@@ -329,7 +334,7 @@ async def test_a_lock_that_stays_at_start_refuses_to_start(url: str, path: Path)
 async def test_a_writer_never_loses_to_one_that_wrote_in_between(url: str, path: Path) -> None:
     """A unit that reads first and writes later holds the lock from its beginning."""
     await make(url)
-    database = await Database.open(url, busy_timeout=5)
+    database = await open_database(path, 5)
     refused: list[str] = []
 
     def read_then_write() -> None:
@@ -369,9 +374,9 @@ async def test_a_table_that_is_missing_makes_the_catalogue_unavailable(url: str,
             await store.backup("b1")
 
 
-async def test_a_unit_that_raises_is_rolled_back_whole(url: str) -> None:
+async def test_a_unit_that_raises_is_rolled_back_whole(url: str, path: Path) -> None:
     await make(url)
-    database = await Database.open(url)
+    database = await open_database(path)
 
     def fail() -> None:
         BackupJob.update(status="failed").execute()
@@ -409,8 +414,8 @@ async def test_close_finishes_what_was_asked_for(url: str) -> None:
         assert len(await store.repositories()) == 10
 
 
-async def test_a_close_that_is_cancelled_can_be_finished(url: str) -> None:
-    database = await Database.open(url)
+async def test_a_close_that_is_cancelled_can_be_finished(path: Path) -> None:
+    database = await open_database(path)
     begun, go_on = threading.Event(), threading.Event()
 
     def wait() -> None:

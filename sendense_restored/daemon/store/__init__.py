@@ -1,18 +1,25 @@
-"""The catalogue of backups and our own records, in one database.
+"""The catalogue of backups and our own records, in one database or two, of SQLite or MySQL.
 
-    records.py      what goes in and out: frozen dataclasses
-    store.py        the async face, one method per unit of work
-    catalogue.py    units of work on repositories, backups and disks
-    recording.py    the unit of work that makes the catalogue say what a scan found
-    wishes.py       units of work on mounts and claims
-    history.py      units of work on what happened
-    cursors.py      what clients go on with after a page of a list
-    scanner.py      which backups lie in a repository; no database
-    database.py     one connection on one thread; errors translated once
-    migrations.py   how the tables came to be
-    models.py       what they are now
+    records.py           what goes in and out: frozen dataclasses
+    store.py             the async face, one method per unit of work
+    opening.py           which databases those are, and what ties them together
+    catalogue.py         units of work that read repositories, backups and disks
+    rows.py              what the values in a catalogue mean that is not ours
+    embedded.py          units of work that fill the catalogue where it is ours
+    recording.py         the one that makes it say what a scan found
+    wishes.py            units of work on mounts and claims
+    history.py           units of work on what happened
+    cursors.py           what clients go on with after a page of a list
+    scanner.py           which backups lie in a repository; no database
+    database.py          one connection on one thread; errors translated once
+    engine.py            what is asked of an engine
+    sqlite.py            one of them
+    mysql.py             the other one, with mysql_errors.py
+    reference.py         the foreign key to the appliance's backups
+    migrations.py        how the tables came to be, and in migrations_mysql.py
+    models.py            what they are now
 
-Nothing outside this package imports peewee.
+Nothing outside this package imports peewee or PyMySQL.
 """
 
 from .records import (
@@ -31,6 +38,7 @@ from .records import (
     Repository,
     ScanResult,
     StoreError,
+    StoreUnreachable,
     Vm,
 )
 from .scanner import scan
@@ -53,6 +61,7 @@ __all__ = [
     "ScanResult",
     "Store",
     "StoreError",
+    "StoreUnreachable",
     "Vm",
     "scan",
 ]

@@ -1,85 +1,168 @@
-"""Units of work on the catalogue: repositories, backups and their disks.
+"""Units of work that read the catalogue: repositories, backups and their disks, virtual machines.
 
 Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only. No
 function touches a repository's files: storage that hangs must not stop the store.
+
+The catalogue may be the appliance's. Then its columns are read for what they mean (``rows.py``), and a row that means
+nothing is left out of lists, with a line in the log. Ids and names are compared and ordered byte by byte, whatever
+the collation of its tables: the table's own comparison comes first where an index serves it, and ours decides among
+what it has found.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
-import uuid
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import peewee
 
-from sendense_restored.errors import BackupNotFound, Busy, CatalogUnavailable, InvalidOption
+from sendense_restored.errors import BackupNotFound, CatalogUnavailable, InvalidOption
 
 from . import cursors
-from .models import TIME_FORMAT, BackupDiskRow, BackupJob, BackupRepository, RestoreMount, to_stored
-from .records import Backup, BackupDisk, DiskFile, MountStatus, Repository, Vm
+from .engine import here
+from .models import BackupDiskRow, BackupJob, BackupRepository, VmContext
+from .records import Backup, BackupDisk, Repository, Vm
+from .rows import Row, fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 MOST_PER_PAGE = 1000
-_GIB = 1 << 30
-_LARGEST = 2**63 - 1
+GIB = 1 << 30
 _VM = "vm:"
 _IDS_AT_ONCE = 500
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+_LONGEST_ID = 64
+_LARGEST_INDEX = 2**32 - 1
+
+_JOB = {
+    "id": BackupJob.id,
+    "vm_name": BackupJob.vm_name,
+    "repository_id": BackupJob.repository,
+    "backup_type": BackupJob.backup_type,
+    "status": BackupJob.status,
+    "parent_backup_id": BackupJob.parent_backup,
+    "total_bytes": BackupJob.total_bytes,
+    "bytes_transferred": BackupJob.bytes_transferred,
+    "created_at": BackupJob.created_at,
+    "started_at": BackupJob.started_at,
+    "completed_at": BackupJob.completed_at,
+}
+_DISK = {
+    "id": BackupDiskRow.id,
+    "backup_job_id": BackupDiskRow.backup_job,
+    "disk_index": BackupDiskRow.disk_index,
+    "qcow2_path": BackupDiskRow.qcow2_path,
+    "size_gb": BackupDiskRow.size_gb,
+    "status": BackupDiskRow.status,
+}
+_REPOSITORY = {
+    "id": BackupRepository.id,
+    "name": BackupRepository.name,
+    "repository_type": BackupRepository.repository_type,
+    "enabled": BackupRepository.enabled,
+    "config": BackupRepository.config,
+    "is_immutable": BackupRepository.is_immutable,
+}
+_CONTEXT = {
+    "context_id": VmContext.context_id,
+    "vm_name": VmContext.vm_name,
+    "repository_id": VmContext.repository_id,
+}
 
 
-# Reading
+def check() -> None:
+    """Nothing, if all that is needed of the catalogue can be read."""
+    for model, columns in ((BackupRepository, _REPOSITORY), (BackupJob, _JOB), (BackupDiskRow, _DISK)):
+        _fetch(model.select(*columns.values()).where(peewee.SQL("1 = 0")), model, columns)
+
+
+def _fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]) -> list[Row]:
+    return fetch(query, model._meta.table_name, list(columns))  # noqa: SLF001  # peewee's public face
+
+
+def _meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iterator[_T]:
+    """What rows mean. Those that mean nothing are logged and left out: the others still serve."""
+    for row in rows:
+        try:
+            yield convert(row)
+        except CatalogUnavailable as error:
+            log.warning("not listing %s %s: %s", what, row.label, error)
+
+
+# Repositories
 
 
 def repository(repository_id: str) -> Repository:
     """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration gives no directory."""
-    row = BackupRepository.get_or_none(BackupRepository.id == repository_id)
-    if row is None:
-        raise BackupNotFound(
-            f"there is no repository {repository_id[:64]!r}; the list of backups names those that have any"
-        )
-    return _repository(row)
+    query = BackupRepository.select(*_REPOSITORY.values()).where(BackupRepository.id == repository_id)
+    for row in _fetch(query, BackupRepository, _REPOSITORY):
+        if row.text("id") == repository_id:
+            return _repository(row)
+    raise BackupNotFound(
+        f"there is no repository {repository_id[:64]!r}; the list of backups names those that have any"
+    )
 
 
 def repositories() -> list[Repository]:
-    """All repositories by name. One whose configuration is broken is left out and logged: the others still serve."""
-    found = []
-    for row in BackupRepository.select().order_by(BackupRepository.name):
-        try:
-            found.append(_repository(row))
-        except CatalogUnavailable as error:
-            log.warning("not listing repository %s: %s", row.id, error)
-    return found
+    """All repositories by name, without those whose configuration is broken."""
+    exact = here().exact
+    query = BackupRepository.select(*_REPOSITORY.values())
+    query = query.order_by(exact(BackupRepository.name), exact(BackupRepository.id))
+    return list(_meant(_fetch(query, BackupRepository, _REPOSITORY), _repository, "repository"))
 
 
-def _repository(row: BackupRepository) -> Repository:
+def _repository(row: Row) -> Repository:
+    repository_id = row.text("id", longest=_LONGEST_ID)
+    name = row.text("name", repository_id)
     try:
-        config = json.loads(row.config)
-    except (TypeError, ValueError, RecursionError):
+        config = json.loads(row.text("config"))
+    except (ValueError, RecursionError):
         config = None
     root = (config.get("path") or config.get("mount_point")) if isinstance(config, dict) else None
-    if not isinstance(root, str) or not _is_plain(root):
+    if not isinstance(root, str) or not is_plain(root):
         raise CatalogUnavailable(
-            f"the configuration of repository {row.name!r} names no absolute directory as path or mount_point; "
+            f"the configuration of repository {name!r} names no absolute directory as path or mount_point; "
             "correct it in the catalogue"
         )
-    return Repository(row.id, row.name, row.repository_type, bool(row.enabled), Path(root), bool(row.is_immutable))
+    return Repository(
+        repository_id,
+        name,
+        row.text("repository_type"),
+        row.flag("enabled", default=True),
+        Path(root),
+        row.flag("is_immutable", default=False),
+    )
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path is absolute and leads where it seems to."""
+    return path.startswith("/") and ".." not in path.split("/") and "\0" not in path
+
+
+# Backups
+
+
+class Place(NamedTuple):
+    """A place in the list of backups: the time, as the database compares it (empty: none is known), and the id."""
+
+    moment: str
+    backup_id: str
 
 
 def backup(backup_id: str) -> Backup:
-    """One backup. Raises BackupNotFound."""
-    row = BackupJob.get_or_none(BackupJob.id == backup_id)
-    if row is None:
-        raise BackupNotFound(f"there is no backup {backup_id[:64]!r}; list the backups to see their ids")
-    return with_disks([row])[0]
+    """One backup. Raises BackupNotFound, and CatalogUnavailable if its rows mean nothing."""
+    rows = _fetch(BackupJob.select(*_JOB.values()).where(BackupJob.id == backup_id), BackupJob, _JOB)
+    for row in rows:
+        if row.text("id") == backup_id:
+            return _backup(row, _disks([backup_id]))
+    raise BackupNotFound(f"there is no backup {backup_id[:64]!r}; list the backups to see their ids")
 
 
 def backups(
@@ -87,22 +170,125 @@ def backups(
 ) -> tuple[list[Backup], str]:
     """A page of backups, newest first, and the cursor of the next (``""`` at the end). Raises InvalidOption."""
     check_limit(limit)
-    query = BackupJob.select()
+    exact = here().exact
+    query = BackupJob.select(*_JOB.values())
     for column, wanted in (
         (BackupJob.vm_name, vm_name),
         (BackupJob.status, status),
         (BackupJob.repository, repository_id),
     ):
         if wanted is not None:
-            query = query.where(column == wanted)
+            query = query.where((column == wanted) & (exact(column) == wanted))
     if cursor:
-        created_at, last_id = decode_cursor(cursor)
-        query = query.where(
-            (BackupJob.created_at < created_at) | ((BackupJob.created_at == created_at) & (BackupJob.id < last_id))
+        query = query.where(_after(decode_cursor(cursor)))
+    # NULL is less than all times, with both engines: what has no time comes last.
+    query = query.order_by(BackupJob.created_at.desc(), exact(BackupJob.id).desc())
+
+    def convert(rows: Sequence[Row]) -> Iterator[tuple[Place, Backup]]:
+        disks = _disks(list(_meant(rows, lambda row: row.text("id"), "backup")))
+        return _meant(rows, lambda row: (_place(row), _backup(row, disks)), "backup")
+
+    page, more = _page(query, BackupJob, _JOB, limit, convert)
+    return [found for _, found in page], encode_cursor(page[-1][0]) if more else ""
+
+
+def _page(
+    query: peewee.Query,
+    model: type[peewee.Model],
+    columns: Iterable[str],
+    limit: int,
+    convert: Callable[[Sequence[Row]], Iterable[_T]],
+) -> tuple[list[_T], bool]:
+    """The first ``limit`` things that rows of a query mean, and whether there are more."""
+    found: list[_T] = []
+    passed = 0
+    while True:
+        rows = _fetch(query.limit(limit + 1).offset(passed), model, columns)
+        found += convert(rows)
+        passed += len(rows)
+        if len(found) > limit or len(rows) <= limit:
+            return found[:limit], len(found) > limit
+
+
+def _place(row: Row) -> Place:
+    return Place(row.stored("created_at"), row.text("id"))
+
+
+def _after(place: Place) -> peewee.Expression:
+    """What comes after a place in the list."""
+    earlier_id = here().exact(BackupJob.id) < place.backup_id
+    created_at = BackupJob.created_at
+    if not place.moment:
+        return created_at.is_null() & earlier_id
+    moment = peewee.Value(place.moment, converter=False)
+    return (created_at < moment) | ((created_at == moment) & earlier_id) | created_at.is_null()
+
+
+def of_repository(repository_id: str) -> list[Backup]:
+    """All backups of a repository. Raises CatalogUnavailable if one of them means nothing."""
+    query = BackupJob.select(*_JOB.values()).where(BackupJob.repository == repository_id)
+    rows = _fetch(query, BackupJob, _JOB)
+    disks = _disks([row.text("id") for row in rows])
+    return [_backup(row, disks) for row in rows]
+
+
+def backup_ids(wanted: Iterable[str]) -> set[str]:
+    """Those of the ids that are in the catalogue."""
+    ids = set(wanted)
+    found: set[str] = set()
+    for some in _in_parts(sorted(ids)):
+        rows = _fetch(BackupJob.select(BackupJob.id).where(BackupJob.id.in_(some)), BackupJob, ["id"])
+        found.update(row.text("id") for row in rows)
+    return found & ids
+
+
+def _in_parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+
+
+def _disks(backup_ids: Sequence[str]) -> dict[str, list[Row]]:
+    """The rows of these backups' disks, by backup and in the order of their index."""
+    found: dict[str, list[Row]] = {backup_id: [] for backup_id in backup_ids}
+    for some in _in_parts(backup_ids):
+        query = BackupDiskRow.select(*_DISK.values()).where(BackupDiskRow.backup_job.in_(some))
+        for row in _fetch(query.order_by(BackupDiskRow.disk_index), BackupDiskRow, _DISK):
+            if (rows := found.get(row.text("backup_job_id"))) is not None:
+                rows.append(row)
+    return found
+
+
+def _backup(row: Row, disks: Mapping[str, Sequence[Row]]) -> Backup:
+    """What a backup's row means, with those of its disks: without one of them it would be taken for whole."""
+    backup_id = row.text("id", longest=_LONGEST_ID)
+    held = tuple(_disk(disk) for disk in disks[backup_id])
+    if len({disk.index for disk in held}) < len(held):
+        raise CatalogUnavailable(
+            f"two disks of backup {backup_id!r} have the same disk_index; correct that in the catalogue"
         )
-    rows = list(query.order_by(BackupJob.created_at.desc(), BackupJob.id.desc()).limit(limit + 1))
-    page = with_disks(rows[:limit])
-    return page, encode_cursor(page[-1].created_at, page[-1].id) if len(rows) > limit else ""
+    return Backup(
+        id=backup_id,
+        vm_name=row.text("vm_name"),
+        repository_id=row.text("repository_id"),
+        backup_type=row.text("backup_type"),
+        status=row.text("status"),
+        parent_backup_id=row.text("parent_backup_id") or None,
+        total_bytes=row.number("total_bytes"),
+        bytes_transferred=row.number("bytes_transferred"),
+        created_at=row.moment("created_at"),
+        started_at=row.moment("started_at"),
+        completed_at=row.moment("completed_at"),
+        disks=held,
+    )
+
+
+def _disk(row: Row) -> BackupDisk:
+    return BackupDisk(
+        row.number("id"),
+        row.number("disk_index", largest=_LARGEST_INDEX),
+        row.text("qcow2_path"),
+        row.number("size_gb", unit=GIB),
+        row.text("status"),
+    )
 
 
 def check_limit(limit: int) -> None:
@@ -111,229 +297,96 @@ def check_limit(limit: int) -> None:
         raise InvalidOption(f"limit must be from 1 to {MOST_PER_PAGE}")
 
 
-def encode_cursor(created_at: datetime, backup_id: str) -> str:
+def encode_cursor(place: Place) -> str:
     """The text that stands for a place in the list of backups."""
-    return cursors.encode(f"{to_stored(created_at)}|{backup_id}")
+    return cursors.encode(f"{place.moment}|{place.backup_id}")
 
 
-def decode_cursor(cursor: str) -> tuple[datetime, str]:
+def decode_cursor(cursor: str) -> Place:
     """The inverse of ``encode_cursor``. Raises InvalidOption for any text that did not come from it."""
     moment, separator, backup_id = cursors.decode(cursor, "backups").partition("|")
     try:
-        created_at = datetime.strptime(moment, TIME_FORMAT).replace(tzinfo=UTC)
+        if moment:
+            datetime.fromisoformat(moment)
     except ValueError:
         raise cursors.foreign("backups") from None
-    if not separator or encode_cursor(created_at, backup_id) != cursor:
+    if not separator:
         raise cursors.foreign("backups")
-    return created_at, backup_id
+    return Place(moment, backup_id)
+
+
+# Virtual machines
+
+
+class _Counted(NamedTuple):
+    """A virtual machine with its number of backups and the time of the newest, also as the database compares it."""
+
+    name: str
+    backups: int
+    stored: str
+    newest: datetime | None
+
+
+_COUNTED = ("vm_name", "backups", "created_at")
 
 
 def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
     """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
     check_limit(limit)
-    counted = BackupJob.select(BackupJob.vm_name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
+    name = here().exact(BackupJob.vm_name)
+    query = BackupJob.select(name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
+    query = query.where(BackupJob.vm_name.is_null(is_null=False))
     if cursor:
         place = cursors.decode(cursor, "virtual machines")
         if not place.startswith(_VM):
             raise cursors.foreign("virtual machines")
-        counted = counted.where(BackupJob.vm_name > place.removeprefix(_VM))
-    rows = list(counted.group_by(BackupJob.vm_name).order_by(BackupJob.vm_name).limit(limit + 1).tuples())
-    page = rows[:limit]
-    names = [name for name, _, _ in page]
-    # Of backups of the same moment the one with the last id is the newest, as in the list of backups.
-    candidates = (
-        BackupJob.select(BackupJob.vm_name, BackupJob.repository, BackupJob.created_at)
-        .where(BackupJob.vm_name.in_(names) & BackupJob.created_at.in_({moment for _, _, moment in page}))
-        .order_by(BackupJob.created_at, BackupJob.id)
-    )
-    newest = {row.vm_name: row for row in candidates}
-    found = [Vm(name, name, newest[name].repository_id, count, newest[name].created_at) for name, count, _ in page]
-    return found, cursors.encode(_VM + names[-1]) if len(rows) > limit else ""
+        query = query.where(name > place.removeprefix(_VM))
+
+    def convert(rows: Sequence[Row]) -> Iterator[_Counted]:
+        return _meant(rows, _counted, "virtual machine")
+
+    page, more = _page(query.group_by(name).order_by(name), BackupJob, _COUNTED, limit, convert)
+    repositories = _newest_in(page)
+    contexts = _contexts([vm.name for vm in page])
+    found = []
+    for vm in page:
+        repository_id = repositories.get(vm.name, "")
+        known = contexts.get(vm.name, {})
+        context_id = known.get(repository_id) or min(known.values(), default=vm.name)
+        found.append(Vm(context_id, vm.name, repository_id, vm.backups, vm.newest))
+    return found, cursors.encode(_VM + page[-1].name) if more else ""
 
 
-def backup_ids(wanted: Iterable[str]) -> set[str]:
-    """Those of the ids that are in the catalogue."""
-    ids = sorted(set(wanted))
-    return {
-        row[0]
-        for start in range(0, len(ids), _IDS_AT_ONCE)
-        for row in BackupJob.select(BackupJob.id).where(BackupJob.id.in_(ids[start : start + _IDS_AT_ONCE])).tuples()
-    }
+def _counted(row: Row) -> _Counted:
+    return _Counted(row.text("vm_name"), row.number("backups"), row.stored("created_at"), row.moment("created_at"))
 
 
-def with_disks(rows: Sequence[BackupJob]) -> list[Backup]:
-    """Records of ``rows``, in their order, with their disks by one query."""
-    disks: dict[str, list[BackupDisk]] = {row.id: [] for row in rows}
-    selected = BackupDiskRow.select().where(BackupDiskRow.backup_job.in_(list(disks)))
-    for disk in selected.order_by(BackupDiskRow.disk_index):
-        disks[disk.backup_job_id].append(
-            BackupDisk(disk.id, disk.disk_index, disk.qcow2_path, round(disk.size_gb * _GIB), disk.status)
-        )
-    return [
-        Backup(
-            id=row.id,
-            vm_name=row.vm_name,
-            repository_id=row.repository_id,
-            backup_type=row.backup_type,
-            status=row.status,
-            parent_backup_id=row.parent_backup_id,
-            total_bytes=row.total_bytes,
-            bytes_transferred=row.bytes_transferred,
-            created_at=row.created_at,
-            started_at=row.started_at,
-            completed_at=row.completed_at,
-            disks=tuple(disks[row.id]),
-        )
-        for row in rows
-    ]
+def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
+    """The repository of each one's newest backup; of several of that moment, of the first in the list of backups."""
+    found: dict[str, str] = {}
+    created_at = BackupJob.created_at
+    moments = [peewee.Value(vm.stored, converter=False) for vm in page if vm.stored]
+    for some in _in_parts([vm.name for vm in page]):
+        query = BackupJob.select(BackupJob.vm_name, BackupJob.repository, created_at)
+        query = query.where(BackupJob.vm_name.in_(some) & (created_at.in_(moments) | created_at.is_null()))
+        query = query.order_by(created_at, here().exact(BackupJob.id))
+        rows = _fetch(query, BackupJob, ("vm_name", "repository_id", "created_at"))
+        found.update(_meant(rows, lambda row: (row.text("vm_name"), row.text("repository_id")), "a backup of"))
+    return found
 
 
-# Writing
+def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What the appliance calls these virtual machines, by name and repository, where it keeps that."""
+    found: dict[str, dict[str, str]] = {}
+    if names and here().has_table(VmContext._meta.table_name):  # noqa: SLF001  # peewee's public face
+        for some in _in_parts(names):
+            query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
+            # Of several the first: it comes last, in the place of those before it.
+            rows = _fetch(query.order_by(here().exact(VmContext.context_id).desc()), VmContext, _CONTEXT)
+            for context_id, name, repository_id in _meant(rows, _context, "virtual machine"):
+                found.setdefault(name, {})[repository_id] = context_id
+    return found
 
 
-def add_repository(name: str, path: str, type_: str, *, immutable: bool) -> Repository:
-    """Put a directory of backups into the catalogue. Raises InvalidOption."""
-    if not 1 <= len(name) <= 255:
-        raise InvalidOption("a repository's name has 1 to 255 characters")
-    if not re.fullmatch(r"[a-z0-9_-]{1,32}", type_):
-        raise InvalidOption(
-            "a repository's type is a word of at most 32 lower-case letters, such as 'local' or 'nfs'"
-        )
-    if not _is_plain(path):
-        raise InvalidOption("a repository's path is absolute and has no '..' in it")
-    root = PurePosixPath(path)
-    for row in BackupRepository.select():
-        if row.name == name:
-            raise InvalidOption(f"there is a repository {name!r} already; choose another name")
-        try:
-            other = _repository(row).root
-        except CatalogUnavailable:
-            continue
-        if PurePosixPath(other) == root:
-            raise InvalidOption(f"repository {row.name!r} has this path already; use that one")
-    repository_id = free_id = slug(name, 60) or "repository"
-    number = 1
-    while BackupRepository.get_or_none(BackupRepository.id == free_id):
-        number += 1
-        free_id = f"{repository_id}-{number}"
-    row = BackupRepository.create(
-        id=free_id, name=name, repository_type=type_, config=json.dumps({"path": str(root)}), is_immutable=immutable
-    )
-    return _repository(row)
-
-
-def remove_repository(repository_id: str) -> None:
-    """Take a repository and its backups out of the catalogue; no file is touched. Raises BackupNotFound and Busy."""
-    if mounted().join(BackupJob).where(BackupJob.repository == repository_id).exists():
-        raise Busy("backups of this repository are mounted; unmount them first")
-    if not BackupRepository.delete().where(BackupRepository.id == repository_id).execute():
-        raise BackupNotFound(
-            f"there is no repository {repository_id[:64]!r}; the list of backups names those that have any"
-        )
-
-
-def add_backup(
-    repository_id: str,
-    vm_name: str,
-    disks: Sequence[DiskFile],
-    *,
-    backup_id: str,
-    parent_backup_id: str | None,
-    created_at: datetime | None,
-) -> Backup:
-    """Put a finished backup into the catalogue. Raises InvalidOption and BackupNotFound (repository, parent)."""
-    root = repository(repository_id).root
-    if not 1 <= len(vm_name) <= 255:
-        raise InvalidOption("a virtual machine's name has 1 to 255 characters")
-    if not disks or len({disk.index for disk in disks}) < len(disks) or any(disk.index < 0 for disk in disks):
-        raise InvalidOption("a backup has at least one disk, and each disk an index of its own, from 0")
-    if any(disk.size <= 0 for disk in disks) or sum(disk.size for disk in disks) > _LARGEST:
-        raise InvalidOption("a disk's size is its number of bytes, more than 0")
-    if backup_id and not _ID.fullmatch(backup_id):
-        raise InvalidOption(
-            "a backup's id has at most 64 letters, digits and '._:-', and begins with a letter or digit"
-        )
-    if backup_id and BackupJob.get_or_none(BackupJob.id == backup_id):
-        raise InvalidOption(f"there is a backup {backup_id!r} already; choose another id")
-    if parent_backup_id is not None and backup(parent_backup_id).repository_id != repository_id:
-        raise InvalidOption("the parent backup lies in another repository; a chain must not leave its repository")
-    files = [DiskFile(disk.index, _inside(root, disk.path), disk.size) for disk in disks]
-    taken = BackupDiskRow.select().join(BackupJob).where(BackupJob.repository == repository_id)
-    if clash := taken.where(BackupDiskRow.qcow2_path.in_([file.path for file in files])).first():
-        raise InvalidOption(f"the image belongs to backup {clash.backup_job_id!r} already; use that one")
-    moment = created_at or datetime.now(UTC)
-    new_id = backup_id or f"{slug(vm_name, 51) or 'backup'}-{uuid.uuid4().hex[:12]}"
-    put_backup(
-        new_id,
-        files,
-        vm_name=vm_name,
-        repository=repository_id,
-        backup_type="full" if parent_backup_id is None else "incremental",
-        status="completed",
-        repository_path=str(root / PurePosixPath(files[0].path).parent),
-        parent_backup=parent_backup_id,
-        total_bytes=sum(file.size for file in files),
-        bytes_transferred=0,
-        created_at=moment,
-        started_at=None,
-        completed_at=moment,
-    )
-    return backup(new_id)
-
-
-def put_backup(backup_id: str, files: Iterable[DiskFile], **columns: object) -> None:
-    """Write a backup and its disks, new or changed. A disk that stays keeps its id."""
-    if not BackupJob.update(**columns).where(BackupJob.id == backup_id).execute():
-        BackupJob.create(id=backup_id, **columns)
-    known = {row.disk_index: row for row in BackupDiskRow.select().where(BackupDiskRow.backup_job == backup_id)}
-    for file in files:
-        row = known.pop(file.index, None) or BackupDiskRow(backup_job=backup_id, disk_index=file.index)
-        row.qcow2_path, row.size_gb, row.status = file.path, file.size / _GIB, "completed"
-        row.save()
-    for row in known.values():
-        row.delete_instance()
-
-
-def remove_backup(backup_id: str) -> None:
-    """Take a backup out of the catalogue; no file is touched. Raises BackupNotFound, Busy and InvalidOption."""
-    backup(backup_id)
-    if mounted().where(RestoreMount.backup == backup_id).exists():
-        raise Busy("the backup is mounted; unmount it first")
-    child = BackupJob.get_or_none(BackupJob.parent_backup == backup_id)
-    if child is not None:
-        raise InvalidOption(f"backup {child.id!r} builds on this one; remove that one first")
-    BackupJob.delete().where(BackupJob.id == backup_id).execute()
-
-
-def mounted() -> peewee.ModelSelect:
-    """The rows of mounts that are there, or soon will be. Those that failed or end hold no backup back."""
-    return RestoreMount.select().where(RestoreMount.status.in_([MountStatus.MOUNTING, MountStatus.MOUNTED]))
-
-
-def slug(text: str, longest: int) -> str:
-    """``text`` as lower-case ASCII letters, digits and single dashes, at most ``longest`` of them."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].rstrip("-")
-
-
-def scanned_id(repository_id: str, key: str) -> str:
-    """The id of the backup that a scan finds under ``key``: readable, at most 64 characters, the same each time.
-
-    The hash keeps two apart that read alike, so an id depends on nothing else that is in the repository.
-    """
-    digest = hashlib.sha256(f"{repository_id}\0{key}".encode()).hexdigest()[:12]
-    readable = slug(key.removesuffix(".qcow2").removesuffix("-diskN"), 51)
-    return f"{readable or 'backup'}-{digest}"
-
-
-def _is_plain(path: str) -> bool:
-    return path.startswith("/") and ".." not in path.split("/") and "\0" not in path
-
-
-def _inside(root: Path, path: str) -> str:
-    """``path`` relative to the repository. Raises InvalidOption if it leads out, as far as its text tells."""
-    target = PurePosixPath(path)
-    if target.is_absolute() and target.is_relative_to(root):
-        target = target.relative_to(root)
-    if target.is_absolute() or ".." in target.parts or "\0" in path or not target.parts:
-        raise InvalidOption("an image's path is that of a file inside the repository, without '..'")
-    return str(target)
+def _context(row: Row) -> tuple[str, str, str]:
+    return row.text("context_id"), row.text("vm_name"), row.text("repository_id")

@@ -5,133 +5,157 @@ plain function, run on the thread inside one transaction, so that no ``await`` c
 tasks of the event loop cannot share a transaction. Units run in the order in which they were asked for. A cancelled
 caller stops waiting; a unit that has begun is finished all the same.
 
-A database that fails is said here, once, as CatalogUnavailable; at start it is StoreError.
+A connection that is found dead before a unit has begun, which a server's restart or a long silence makes of it, is
+replaced, and the unit runs on the new one. A unit that fails in its midst is not repeated: nobody knows how far it
+came. Only where the database says that it has undone the transaction in favour of another one, it is tried once more.
+
+A database that fails is said here, once, as CatalogUnavailable; at start, a database of our own is StoreError, and
+one of others is tried again whenever it is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
-import sqlite3
+import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
-
-import peewee
 
 from sendense_restored.errors import CatalogUnavailable, InvalidOption
 
-from .migrations import migrate
+from .engine import Trouble
 from .models import bind_to_thread
 from .records import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from .engine import Engine
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-BUSY_TIMEOUT = 5.0
-_SCHEME = "sqlite:///"
-
-# Reads see one snapshot. Writers take the lock at once: a transaction that starts as a reader and then wants to write
-# fails with "locked" without any waiting if somebody else wrote in between.
-_READ = "DEFERRED"
-_WRITE = "IMMEDIATE"
-
-# full: the count of resume attempts must be on the disk before an image is touched that may crash the kernel.
-_PRAGMAS = {"journal_mode": "wal", "foreign_keys": 1, "synchronous": "full"}
-
 
 class Database:
-    """An open database. Open it with ``open``, close it with ``close``."""
+    """An open database. Open it with ``open``, close it with ``close``.
 
-    def __init__(self, path: Path, busy_timeout: float) -> None:
-        self._path = path
-        # The timeout is sqlite's busy_timeout, in seconds, in force before the first pragma.
-        self._database = peewee.SqliteDatabase(os.fspath(path), pragmas=_PRAGMAS, timeout=busy_timeout)
+    ``what`` it is begins the sentences that clients are told when it fails.
+    """
+
+    def __init__(self, engine: Engine, what: str) -> None:
+        self.name = engine.name
+        self._engine, self._what = engine, what
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._closing: Future[None] | None = None
 
     @classmethod
-    async def open(cls, url: str, *, busy_timeout: float = BUSY_TIMEOUT) -> Database:
-        """Open ``sqlite:///`` + absolute path, made if it is not there, and migrate it.
+    async def open(cls, engine: Engine, what: str = "the catalogue", *, ours: bool = True) -> Database:
+        """Open a database: one that is ``ours`` is made ready, with StoreError if that cannot be.
 
-        ``busy_timeout`` is how many seconds another process' lock is waited for. Raises StoreError.
+        One of others is connected to when it is used.
         """
-        path = Path(url.removeprefix(_SCHEME))
-        if not url.startswith(_SCHEME) or not path.is_absolute():
-            raise StoreError(f"database.url is {url!r}; it must be '{_SCHEME}' and an absolute path")
-        self = cls(path, busy_timeout)
+        self = cls(engine, what)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._prepare)
+            await self._do(self._prepare if ours else self._bind)
         except BaseException:
             await self.close()
             raise
         return self
 
+    async def _do(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _bind(self) -> None:
+        bind_to_thread(self._engine.database)
+
     def _prepare(self) -> None:
+        self._bind()
+        expected: tuple[type[Exception], ...] = (StoreError, OSError, *self._engine.errors)
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _alone_in(self._path.parent):
-                _create(self._path)
-                bind_to_thread(self._database)
-                self._database.connect()
-                migrate(self._database)
-        except StoreError as error:
-            raise StoreError(f"{self._path}: {error}") from None
-        except OSError as error:
-            raise StoreError(f"{self._path}: cannot be created: {error.strerror}") from error
-        except (peewee.PeeweeException, sqlite3.Error) as error:
-            raise StoreError(
-                f"{self._path}: cannot be opened: {error}; move a damaged one away and scan the repositories again"
-            ) from error
+            self._engine.prepare()
+        except expected as error:
+            _release(error)
+            raise self._engine.refusal(error) from error
 
     async def read(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit of work that only reads."""
-        return await self._run(_READ, partial(work, *args, **kwargs))
+        return await self._run(self._engine.read_mode, partial(work, *args, **kwargs))
 
     async def write(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a unit of work that writes: all of it comes to pass, or, if it raises, nothing."""
-        return await self._run(_WRITE, partial(work, *args, **kwargs))
+        return await self._run(self._engine.write_mode, partial(work, *args, **kwargs))
 
-    async def _run(self, lock: str, work: Callable[[], T]) -> T:
+    async def change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what cannot be in a transaction: a change of the tables themselves."""
+        return await self._run(None, partial(work, *args, **kwargs))
+
+    async def _run(self, mode: str | None, work: Callable[[], T]) -> T:
         if self._closing is not None:
             raise CatalogUnavailable("the service is stopping; try again when it runs")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._unit, lock, work)
+        return await self._do(partial(self._unit, mode, work, time.monotonic()))
 
-    def _unit(self, lock: str, work: Callable[[], T]) -> T:
+    def _unit(self, mode: str | None, work: Callable[[], T], asked: float) -> T:
+        if self._overdue(asked):
+            # Those before it have waited for a server that hangs; one that is asked for from now on tries again.
+            raise CatalogUnavailable(f"{self._what} does not answer; try again later")
         try:
-            with self._database.atomic(lock):
+            return self._attempt(mode, work)
+        except _TryAgainError as error:
+            if self._overdue(asked):
+                raise self._unavailable(error.reason) from error.reason
+        try:
+            return self._attempt(mode, work)
+        except _TryAgainError as error:
+            raise self._unavailable(error.reason) from error.reason
+
+    def _overdue(self, asked: float) -> bool:
+        patience = self._engine.patience
+        return patience is not None and time.monotonic() - asked > patience
+
+    def _attempt(self, mode: str | None, work: Callable[[], T]) -> T:
+        """Run a unit once. Raises _TryAgainError if that may be done again, and else what it is to raise."""
+        begun, new = False, True
+        try:
+            new = self._engine.connect()
+            with self._engine.database.atomic(mode) if mode else contextlib.nullcontext():
+                begun = True
                 return work()
-        except (peewee.IntegrityError, peewee.ProgrammingError) as error:
-            _release(error)
-            raise  # a fault of ours, not of the database
         except UnicodeEncodeError:
             raise InvalidOption("a text holds half a surrogate pair, which no name has") from None
-        except (peewee.DatabaseError, sqlite3.DatabaseError) as error:  # peewee lets errors while fetching through
+        except self._engine.errors as error:
             _release(error)
-            log.warning("not using %s: %s", self._path, error)
-            if "locked" in str(error):
-                raise CatalogUnavailable("the catalogue is locked by another program; try again") from error
-            raise CatalogUnavailable("the catalogue cannot be used; the service's journal has the details") from error
+            trouble = self._engine.trouble(error)
+            if trouble is Trouble.LOST:
+                self._engine.disconnect()
+            if trouble is Trouble.CONFLICT or (trouble is Trouble.LOST and not begun and not new):
+                raise _TryAgainError(error) from error
+            if trouble is Trouble.FAULT:
+                raise
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> CatalogUnavailable:
+        log.warning("not using %s: %s", self.name, error)
+        return CatalogUnavailable(f"{self._what} {self._engine.advice(error)}")
 
     async def close(self) -> None:
         """Refuse new work, finish what was asked for, close the connection and join the thread. May be repeated."""
         if self._closing is None:
-            self._closing = self._thread.submit(self._disconnect)
+            self._closing = self._thread.submit(self._engine.disconnect)
         await asyncio.shield(asyncio.wrap_future(self._closing))
         self._thread.shutdown()  # the thread is idle by now: this joins without waiting
 
-    def _disconnect(self) -> None:
-        self._database.close()
+
+class _TryAgainError(Exception):
+    """The unit has left nothing behind, and may succeed if it is run again."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _release(error: BaseException | None) -> None:
@@ -142,28 +166,3 @@ def _release(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-
-
-@contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Wait until no other process or thread prepares a database there.
-
-    SQLite itself does not wait when two connections change the journal mode of a new database at once.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _create(path: Path) -> None:
-    """Make an empty file of mode 0600; SQLite gives its side files the same mode.
-
-    An existing one is not even opened: closing a descriptor of it would drop the locks of this process (fcntl(2)).
-    """
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        return

@@ -1,8 +1,9 @@
-"""The schema's history: numbered steps, each applied once, in one transaction, and written down in the marker table.
+"""The schema's history in SQLite: numbered steps, each applied once and written down in the marker table.
 
 A step is frozen SQL and is never edited after a release: a change of a table is a new step. A test compares what the
 steps build with what ``models.py`` expects. The marker table also tells our tables from others of the same name,
-which are never touched. (SQLite runs DDL inside transactions; an engine that does not needs one statement per step.)
+which are never touched. SQLite runs DDL inside transactions, so a step comes to pass as a whole or not at all;
+``migrations_mysql.py`` has the steps of an engine that does not.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .models import MODELS, to_stored
+from .models import CATALOGUE, RECORDS, to_stored
 from .records import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import peewee
 
@@ -156,12 +157,7 @@ def migrate(database: peewee.Database, migrations: Sequence[Migration] = MIGRATI
 
     Raises StoreError for tables that are not ours, and for a schema newer than ``migrations``.
     """
-    newest = migrations[-1].version
-    if (found := _version(database)) > newest:
-        raise StoreError(
-            f"the database has schema version {found}, this release knows {newest}; "
-            "install the newer release again or restore the database from before the upgrade"
-        )
+    refuse_newer(_version(database), migrations)
     for migration in migrations:
         # The version is read again under the write lock: another process may have been faster.
         with database.atomic("IMMEDIATE"):
@@ -174,13 +170,31 @@ def _version(database: peewee.Database) -> int:
     if MARKER in tables:
         (version,) = database.execute_sql(f"SELECT max(version) FROM {MARKER}").fetchone()  # noqa: S608  # a constant
         return version or 0
-    foreign = sorted(tables & {model._meta.table_name for model in MODELS})  # noqa: SLF001  # peewee's public face
-    if foreign:
+    refuse_foreign(tables & names_of(CATALOGUE + RECORDS))
+    return 0
+
+
+def names_of(models: Iterable[type[peewee.Model]]) -> set[str]:
+    """The names of tables."""
+    return {model._meta.table_name for model in models}  # noqa: SLF001  # peewee's public face
+
+
+def refuse_newer(found: int, migrations: Sequence[Migration]) -> None:
+    """Raises StoreError for a schema that a newer release has made."""
+    if found > migrations[-1].version:
+        raise StoreError(
+            f"the database has schema version {found}, this release knows {migrations[-1].version}; "
+            "install the newer release again or restore the database from before the upgrade"
+        )
+
+
+def refuse_foreign(tables: Iterable[str]) -> None:
+    """Raises StoreError if there are tables with names of ours, in a database without the marker."""
+    if foreign := sorted(tables):
         raise StoreError(
             f"the database holds tables that this service did not make ({', '.join(foreign)}); "
             "set database.url to a database of its own"
         )
-    return 0
 
 
 def _apply(database: peewee.Database, migration: Migration) -> None:
@@ -190,4 +204,9 @@ def _apply(database: peewee.Database, migration: Migration) -> None:
         f"INSERT INTO {MARKER} (version, what, applied_at) VALUES (?, ?, ?)",  # noqa: S608  # a constant
         (migration.version, migration.what, to_stored(datetime.now(UTC))),
     )
+    applied(migration)
+
+
+def applied(migration: Migration) -> None:
+    """Tell of a step that was taken."""
     log.info("migrated the database to version %d: %s", migration.version, migration.what)

@@ -1,7 +1,9 @@
 """The tables as peewee models: what the code reads and writes. How tables come to be stands in ``migrations.py``.
 
 Only types that SQLite and MySQL share are used: closed sets of words are a CharField (the migration adds the CHECK),
-documents are JSON in a TEXT, times are UTC text of a fixed width, so that their order is the order of time.
+documents are JSON in a TEXT, times are UTC text of a fixed width in SQLite, so that their order is the order of time,
+and DATETIME(6) in MySQL, which takes that text. A catalogue that is not ours may use other types, and is read without
+the models' conversions (see ``rows.py``).
 
 peewee binds a model to one database for the whole process. Here the *thread* decides: each store has exactly one
 thread, which says once what its database is, so two stores can be open, and a query on any other thread (the event
@@ -29,11 +31,16 @@ def bind_to_thread(database: peewee.Database) -> None:
     _thread.database = database
 
 
+def database_of_thread() -> peewee.Database | None:
+    """The database that the models talk to on this thread; None on one that is no store's."""
+    return getattr(_thread, "database", None)
+
+
 class _ThreadsDatabase(peewee.Metadata):  # type: ignore[misc]  # peewee 3 has no type information
     @property
     def database(self) -> peewee.Database | None:
         """This thread's database."""
-        return getattr(_thread, "database", None)
+        return database_of_thread()
 
     @database.setter
     def database(self, database: None) -> None:
@@ -218,4 +225,21 @@ class RestoreEvent(_Row):
         table_name = "restore_events"
 
 
-MODELS = (BackupRepository, BackupJob, BackupDiskRow, RestoreMount, RestoreClaim, RestoreEvent)
+class VmContext(_Row):
+    """What the appliance calls a virtual machine, in a table that not every catalogue has; see ``catalogue.py``."""
+
+    context_id = peewee.CharField(64, primary_key=True)
+    vm_name = peewee.CharField(255)
+    repository_id = peewee.CharField(64)
+
+    class Meta:
+        """Its name."""
+
+        table_name = "vm_backup_contexts"
+
+
+CATALOGUE = (BackupRepository, BackupJob, BackupDiskRow)
+"""The tables of backups. Only in the embedded database they are ours to make and to write."""
+RECORDS = (RestoreMount, RestoreClaim, RestoreEvent)
+"""Our own."""
+MODELS = CATALOGUE + RECORDS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sendense_restored.errors import Unavailable
 
-from . import catalogue
+from . import catalogue, embedded
 from .models import BackupJob, RestoreMount
 from .records import DiskFile, ScanResult
 from .scanner import key_of
@@ -27,8 +27,7 @@ def record_scan(repository_id: str, found: Found) -> ScanResult:
     mounted looks like that, and must not empty the catalogue.
     """
     repository = catalogue.repository(repository_id)
-    rows = BackupJob.select().where(BackupJob.repository == repository_id)
-    known = {backup.id: backup for backup in catalogue.with_disks(list(rows))}
+    known = {backup.id: backup for backup in catalogue.of_repository(repository_id)}
     scanned = {id_ for id_, backup in known.items() if _is_scanned(backup)}
     if scanned and not found.backups and not found.problems:
         raise Unavailable(
@@ -36,7 +35,7 @@ def record_scan(repository_id: str, found: Found) -> ScanResult:
             "storage is mounted; if they are really gone, remove them from the catalogue"
         )
     by_hand = {disk.qcow2_path: id_ for id_ in known.keys() - scanned for disk in known[id_].disks}
-    ids = {one.key: catalogue.scanned_id(repository_id, one.key) for one in found.backups}
+    ids = {one.key: embedded.scanned_id(repository_id, one.key) for one in found.backups}
     ids |= {key_of(path)[0]: id_ for path, id_ in by_hand.items()}
 
     added: list[str] = []
@@ -55,12 +54,12 @@ def record_scan(repository_id: str, found: Found) -> ScanResult:
         if before is not None and _same(before, columns, disks):
             unchanged += 1
             continue
-        catalogue.put_backup(id_, disks, **columns)
+        embedded.put_backup(id_, disks, **columns)
         (added if before is None else updated).append(id_)
 
     gone, kept = [], []
     for id_ in sorted(scanned - present):
-        mounted = catalogue.mounted().where(RestoreMount.backup == id_).exists()
+        mounted = embedded.mounted().where(RestoreMount.backup == id_).exists()
         if mounted or _has_problem(known[id_], found.problems):
             kept.append(id_)
         else:
@@ -71,7 +70,7 @@ def record_scan(repository_id: str, found: Found) -> ScanResult:
 
 def _is_scanned(backup: Backup) -> bool:
     return any(
-        backup.id == catalogue.scanned_id(backup.repository_id, key_of(disk.qcow2_path)[0]) for disk in backup.disks
+        backup.id == embedded.scanned_id(backup.repository_id, key_of(disk.qcow2_path)[0]) for disk in backup.disks
     )
 
 

@@ -21,6 +21,10 @@ class StoreError(Exception):
     """The database cannot be used and the service must not start; the message is for the administrator."""
 
 
+class StoreUnreachable(StoreError):  # noqa: N818  # it is one of those errors
+    """The database cannot be used now; another start may find it well."""
+
+
 class MountStatus(StrEnum):
     """The states of a mount, as the table has them."""
 
@@ -55,7 +59,10 @@ class BackupDisk:
 
 @dataclass(frozen=True)
 class Backup:
-    """A backup of one virtual machine at one time, with its disks by index."""
+    """A backup of one virtual machine at one time, with its disks by index.
+
+    A catalogue that is not ours may not know when it was made.
+    """
 
     id: str
     vm_name: str
@@ -65,7 +72,7 @@ class Backup:
     parent_backup_id: str | None
     total_bytes: int
     bytes_transferred: int
-    created_at: datetime
+    created_at: datetime | None
     started_at: datetime | None
     completed_at: datetime | None
     disks: tuple[BackupDisk, ...]

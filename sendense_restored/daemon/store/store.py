@@ -1,22 +1,26 @@
 """The store as the rest of the daemon sees it: one async method per unit of work.
 
-``Store`` owns the database's connection and thread from ``open`` to ``close``. Every method raises CatalogUnavailable
-when the database cannot be used. Reading and writing of one call are one transaction.
+``Store`` owns the connections and threads of its databases from ``open`` to ``close``: one of our own records and one
+of the catalogue, or one that is both. Every method raises CatalogUnavailable when its database cannot be used; that
+one cannot says nothing about the other. Reading and writing of one call are one transaction.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-from . import catalogue, history, wishes
-from .database import BUSY_TIMEOUT, Database
+from sendense_restored.errors import CatalogUnavailable
+
+from . import catalogue, embedded, history, wishes
+from .opening import open_databases
 from .recording import record_scan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import datetime
     from typing import Unpack
 
+    from .opening import Databases
     from .records import (
         Backup,
         ClaimRow,
@@ -31,23 +35,42 @@ if TYPE_CHECKING:
     )
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BUSY_TIMEOUT = 5.0
+
+
 class Store:
     """The catalogue of backups, and our own records of mounts and of what happened."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+        self._records, self._catalogue = databases.records, databases.catalogue
 
     @classmethod
-    async def open(cls, url: str, *, busy_timeout: float = BUSY_TIMEOUT) -> Self:
-        """Open and migrate the database at ``url`` (``sqlite:////path``); it is made if it is not there.
+    async def open(cls, url: str, catalog_url: str | None = None, *, busy_timeout: float = BUSY_TIMEOUT) -> Self:
+        """Open the database of our records, migrated, and the catalogue, which by default is in the same one.
 
-        ``busy_timeout``: seconds to wait for a lock of another program. Raises StoreError.
+        ``database_url`` says what the URLs look like; a file of our own is made if it is not there. ``busy_timeout``:
+        seconds to wait for a lock of another program, or for a connection to a server; twice that for its answer.
+        Raises StoreError.
         """
-        return cls(await Database.open(url, busy_timeout=busy_timeout))
+        return cls(await open_databases(url, catalog_url, busy_timeout=busy_timeout))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the catalogue is ours to write; else the methods that do so raise CatalogUnavailable."""
+        return self._databases.embedded
 
     async def close(self) -> None:
-        """Finish what was asked for, then end connection and thread. May be called again."""
-        await self._database.close()
+        """Finish what was asked for, then end connections and threads. May be called again."""
+        await self._databases.close()
+
+    async def _fill(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self.embedded:
+            raise CatalogUnavailable("the catalogue belongs to the appliance; change it there")
+        return await self._catalogue.write(work, *args, **kwargs)
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,32 +92,32 @@ class Store:
 
         ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
         """
-        return await self._database.read(catalogue.backups, vm_name, status, repository_id, limit, cursor)
+        return await self._catalogue.read(catalogue.backups, vm_name, status, repository_id, limit, cursor)
 
     async def backup(self, backup_id: str) -> Backup:
         """One backup. Raises BackupNotFound."""
-        return await self._database.read(catalogue.backup, backup_id)
+        return await self._catalogue.read(catalogue.backup, backup_id)
 
     async def backup_ids(self, ids: Iterable[str]) -> set[str]:
         """Those of the ids that are in the catalogue."""
-        return await self._database.read(catalogue.backup_ids, list(ids))
+        return await self._catalogue.read(catalogue.backup_ids, list(ids))
 
     async def vms(self, limit: int = 100, cursor: str = "") -> tuple[list[Vm], str]:
         """A page of the virtual machines that have backups, by name, and the cursor of the next page.
 
         ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
         """
-        return await self._database.read(catalogue.vms, limit, cursor)
+        return await self._catalogue.read(catalogue.vms, limit, cursor)
 
     async def repository(self, repository_id: str) -> Repository:
         """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration is broken."""
-        return await self._database.read(catalogue.repository, repository_id)
+        return await self._catalogue.read(catalogue.repository, repository_id)
 
     async def repositories(self) -> list[Repository]:
         """All repositories by name, without those whose configuration is broken (they are logged)."""
-        return await self._database.read(catalogue.repositories)
+        return await self._catalogue.read(catalogue.repositories)
 
-    # The catalogue, writing
+    # The embedded catalogue, writing
 
     async def add_repository(
         self,
@@ -105,11 +128,11 @@ class Store:
         immutable: bool = False,
     ) -> Repository:
         """Add a directory of backups; its id is made of its name. Raises InvalidOption."""
-        return await self._database.write(catalogue.add_repository, name, path, type, immutable=immutable)
+        return await self._fill(embedded.add_repository, name, path, type, immutable=immutable)
 
     async def remove_repository(self, repository_id: str) -> None:
         """Forget a repository and its backups; files stay. Raises BackupNotFound, and Busy if one is mounted."""
-        await self._database.write(catalogue.remove_repository, repository_id)
+        await self._fill(embedded.remove_repository, repository_id)
 
     async def add_backup(
         self,
@@ -126,8 +149,8 @@ class Store:
         A disk's path is absolute or relative to the repository, and inside it. Whether the file is there is the
         caller's to check, outside the store. Raises InvalidOption, and BackupNotFound for repository and parent.
         """
-        return await self._database.write(
-            catalogue.add_backup,
+        return await self._fill(
+            embedded.add_backup,
             repository_id,
             vm_name,
             disks,
@@ -141,7 +164,7 @@ class Store:
 
         Raises BackupNotFound, Busy if it is mounted, InvalidOption if another one builds on it.
         """
-        await self._database.write(catalogue.remove_backup, backup_id)
+        await self._fill(embedded.remove_backup, backup_id)
 
     async def record_scan(self, repository_id: str, found: Found) -> ScanResult:
         """Make the catalogue say what ``scan`` found, which the caller ran in a thread of its own.
@@ -150,25 +173,28 @@ class Store:
 
         Raises BackupNotFound, and Unavailable if nothing at all was found where there were backups.
         """
-        return await self._database.write(record_scan, repository_id, found)
+        return await self._fill(record_scan, repository_id, found)
 
     # Mounts and claims
 
     async def mount_rows(self) -> list[MountRow]:
         """All rows of mounts, the oldest first."""
-        return await self._database.read(wishes.mount_rows)
+        return await self._records.read(wishes.mount_rows)
 
     async def wished(self) -> list[tuple[MountRow, tuple[ClaimRow, ...]]]:
         """All rows of mounts with the claims on each, the oldest first: what a start has to bring back."""
-        return await self._database.read(wishes.wished)
+        return await self._records.read(wishes.wished)
 
     async def insert_mount(self, row: MountRow, claims: Sequence[ClaimRow] = ()) -> None:
-        """Write a mount and the claims on it down. Raises BackupNotFound if its backup is not in the catalogue."""
-        await self._database.write(wishes.insert_mount, row, claims)
+        """Write a mount and the claims on it down.
+
+        Raises BackupNotFound if its backup is not in the catalogue, where the database can tell.
+        """
+        await self._records.write(wishes.insert_mount, row, claims)
 
     async def update_mount(self, mount_id: str, **changes: Unpack[MountChanges]) -> None:
         """Change columns of a mount's row. Raises MountNotFound; TypeError for a column that does not change."""
-        await self._database.write(wishes.update_mount, mount_id, changes)
+        await self._records.write(wishes.update_mount, mount_id, changes)
 
     async def renew(
         self, mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]
@@ -178,33 +204,33 @@ class Store:
         Of the claims only ``expires_at`` is written. Others stay as they are; one of these that was dropped meanwhile
         does not come back.
         """
-        await self._database.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
+        await self._records.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
 
     async def delete_mount(self, mount_id: str) -> bool:
         """Delete a mount's row and its claims; whether there was one."""
-        return await self._database.write(wishes.delete_mount, mount_id)
+        return await self._records.write(wishes.delete_mount, mount_id)
 
     async def delete_all_mounts(self) -> int:
         """Delete the rows of all mounts, and all claims; how many mounts there were."""
-        return await self._database.write(wishes.delete_all_mounts)
+        return await self._records.write(wishes.delete_all_mounts)
 
     async def claims(self, mount_id: str) -> list[ClaimRow]:
         """The claims on a mount, the oldest first."""
-        return await self._database.read(wishes.claims, mount_id)
+        return await self._records.read(wishes.claims, mount_id)
 
     async def put_claim(self, claim: ClaimRow) -> None:
         """Write a claim down, in place of one with the same mount, uid and behalf. Raises MountNotFound."""
-        await self._database.write(wishes.put_claim, claim)
+        await self._records.write(wishes.put_claim, claim)
 
     async def delete_claim(self, mount_id: str, uid: int, on_behalf_of: str = "") -> bool:
         """Delete a claim; whether there was one."""
-        return await self._database.write(wishes.delete_claim, mount_id, uid, on_behalf_of)
+        return await self._records.write(wishes.delete_claim, mount_id, uid, on_behalf_of)
 
     # What happened
 
     async def add_events(self, events: Sequence[Event]) -> None:
         """Write events down in their order, all or none; the database gives them their ids."""
-        await self._database.write(history.add_events, events)
+        await self._records.write(history.add_events, events)
 
     async def events(
         self, limit: int = 100, cursor: str = "", mount_id: str | None = None
@@ -213,12 +239,12 @@ class Store:
 
         ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
         """
-        return await self._database.read(history.events, limit, cursor, mount_id)
+        return await self._records.read(history.events, limit, cursor, mount_id)
 
     async def trim_events(self, keep: int, before: datetime) -> int:
         """Delete events from before that time, and all but the newest ``keep``; how many that were."""
-        return await self._database.write(history.trim_events, keep, before)
+        return await self._records.write(history.trim_events, keep, before)
 
     async def ended_mounts(self, since: datetime) -> dict[str, tuple[datetime, str]]:
         """The mounts that ended since then, as the history has it: by id, when and why."""
-        return await self._database.read(history.ended_mounts, since)
+        return await self._records.read(history.ended_mounts, since)

@@ -1,25 +1,49 @@
 """Units of work on our own tables: the mounts that are wished for, and who claims them.
 
-Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only.
+Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only. The
+claims of a mount are deleted with it here, because foreign keys are not always on (``sqlite.py``); and where a
+mount's row refers to its backup, it may end with that at any time (``reference.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
+
+import peewee
 
 from sendense_restored.errors import BackupNotFound, MountNotFound
 
-from .models import BackupJob, RestoreClaim, RestoreMount
+from .engine import here
+from .models import RestoreClaim, RestoreMount
 from .records import ClaimRow, MountChanges, MountRow, MountStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
 
-    import peewee
+    from sendense_restored.errors import RestoreError
 
 _COLUMNS = tuple(name for name in MountRow.__dataclass_fields__ if name != "status")
 _CHANGEABLE = frozenset(MountChanges.__annotations__)
+
+
+def _unknown() -> MountNotFound:
+    return MountNotFound("the mount is no longer known; its backup may have been removed")
+
+
+@contextlib.contextmanager
+def _referring(missing: RestoreError) -> Iterator[None]:
+    """Within, a row is written that refers to another one. Raises ``missing`` if that is not there (any more)."""
+    dangling = False
+    try:
+        yield
+    except peewee.IntegrityError as error:
+        dangling = here().is_dangling(error)
+        if not dangling:
+            raise
+    if dangling:  # out here, so that nothing holds on to the failed statement
+        raise missing
 
 
 def mount_rows() -> list[MountRow]:
@@ -33,11 +57,11 @@ def mount_rows() -> list[MountRow]:
 def insert_mount(row: MountRow, claims: Sequence[ClaimRow] = ()) -> None:
     """Write a mount and the claims on it down.
 
-    Raises BackupNotFound if its backup is not, or no longer, in the catalogue.
+    Raises BackupNotFound if the row refers to a backup that is not, or no longer, in the catalogue.
     """
-    if BackupJob.get_or_none(BackupJob.id == row.backup_id) is None:
-        raise BackupNotFound(f"there is no backup {row.backup_id[:64]!r}; list the backups to see their ids")
-    RestoreMount.create(**{name: getattr(row, name) for name in _COLUMNS}, status=str(row.status))
+    missing = BackupNotFound(f"there is no backup {row.backup_id[:64]!r}; list the backups to see their ids")
+    with _referring(missing):
+        RestoreMount.create(**{name: getattr(row, name) for name in _COLUMNS}, status=str(row.status))
     for claim in claims:
         put_claim(claim)
 
@@ -47,20 +71,23 @@ def update_mount(mount_id: str, changes: Mapping[str, object]) -> None:
     if unknown := changes.keys() - _CHANGEABLE:
         raise TypeError(f"a mount's row has no column to change named {', '.join(sorted(unknown))}")
     values = {name: str(value) if name == "status" else value for name, value in changes.items()}
-    # MySQL counts changed rows, SQLite matched ones: so whether there is a row is asked for itself.
-    if RestoreMount.get_or_none(RestoreMount.id == mount_id) is None:
-        raise MountNotFound("the mount is no longer known; its backup may have been removed")
-    if values:
-        RestoreMount.update(**values).where(RestoreMount.id == mount_id).execute()
+    if not values:
+        there = RestoreMount.select(RestoreMount.id).where(RestoreMount.id == mount_id).exists()
+    else:
+        there = RestoreMount.update(**values).where(RestoreMount.id == mount_id).execute()
+    if not there:
+        raise _unknown()
 
 
 def delete_mount(mount_id: str) -> bool:
     """Take a mount and its claims away; whether there was one."""
+    RestoreClaim.delete().where(RestoreClaim.mount == mount_id).execute()
     return bool(RestoreMount.delete().where(RestoreMount.id == mount_id).execute())
 
 
 def delete_all_mounts() -> int:
     """Take all mounts and claims away; how many mounts there were."""
+    RestoreClaim.delete().execute()
     return int(RestoreMount.delete().execute())
 
 
@@ -98,16 +125,17 @@ def _is_claim(mount_id: str, uid: int, on_behalf_of: str) -> peewee.Expression:
 
 def put_claim(claim: ClaimRow) -> None:
     """Write a claim down; it takes the place of one of the same uid on the same behalf. Raises MountNotFound."""
-    if RestoreMount.get_or_none(RestoreMount.id == claim.mount_id) is None:
-        raise MountNotFound("the mount is no longer known; its backup may have been removed")
-    RestoreClaim.replace(
-        mount=claim.mount_id,
-        uid=claim.uid,
-        on_behalf_of=claim.on_behalf_of,
-        since=claim.since,
-        expires_at=claim.expires_at,
-        idle_timeout=claim.timeout,
-    ).execute()
+    if not RestoreMount.select(RestoreMount.id).where(RestoreMount.id == claim.mount_id).exists():
+        raise _unknown()
+    with _referring(_unknown()):
+        RestoreClaim.replace(
+            mount=claim.mount_id,
+            uid=claim.uid,
+            on_behalf_of=claim.on_behalf_of,
+            since=claim.since,
+            expires_at=claim.expires_at,
+            idle_timeout=claim.timeout,
+        ).execute()
 
 
 def delete_claim(mount_id: str, uid: int, on_behalf_of: str) -> bool:

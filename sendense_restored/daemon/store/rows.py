@@ -1,0 +1,130 @@
+"""Rows of a catalogue as the driver gives them, and the values in them as we need them.
+
+The appliance's tables are not ours: a word may be an ENUM, a flag a BIT, a number a DECIMAL, an id a number, a time a
+naive one (UTC, which the session sees to), and a column may be NULL where ours cannot be. All of that is read for
+what it means. What means nothing is said with the names of table and column, so that it can be corrected there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from sendense_restored.errors import CatalogUnavailable
+
+from .engine import here
+from .models import to_stored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import peewee
+
+LARGEST = 2**63 - 1
+_NO_DATE = "0000-00-00"
+"""MySQL's other NULL."""
+_YES = {"1", "y", "yes", "t", "true", "on"}
+_NO = {"", "0", "n", "no", "f", "false", "off"}
+
+
+class Row:
+    """One row: values by the names of their columns. Its methods raise CatalogUnavailable."""
+
+    def __init__(self, table: str, values: dict[str, object]) -> None:
+        self._table, self._values = table, values
+
+    @property
+    def label(self) -> str:
+        """What it is called in the log: its first column."""
+        return f"{next(iter(self._values.values()))!r:.80}"
+
+    def text(self, column: str, default: str = "", *, longest: int = 0) -> str:
+        """A text; ``default`` for NULL. ``longest``: characters that it may have."""
+        value = self._values[column]
+        if value is None:
+            return default
+        if isinstance(value, bytes | bytearray):
+            try:
+                value = value.decode()
+            except UnicodeDecodeError:
+                raise self._broken(column, "bytes that are no UTF-8") from None
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            raise self._broken(column, "something else than text")
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise self._broken(column, "characters that no text has")
+        if 0 < longest < len(value):
+            raise self._broken(column, f"more than {longest} characters")
+        return value
+
+    def number(self, column: str, *, unit: int = 1, largest: int = LARGEST) -> int:
+        """A number, which may have a fraction, of so many units, as a whole one to ``largest``; 0 for NULL."""
+        value = self._values[column]
+        if value is None:
+            return 0
+        if isinstance(value, str):
+            value = _number(value)
+        if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
+            found = round(value * unit)
+            if 0 <= found <= largest:
+                return found
+        raise self._broken(column, f"{value!r:.40}, which is no number that it can be")
+
+    def flag(self, column: str, default: bool) -> bool:  # noqa: FBT001  # what a missing value means
+        """Yes or no; ``default`` for NULL."""
+        value = self._values[column]
+        if value is None:
+            return default
+        if isinstance(value, bytes | bytearray) and len(value) == 1 and value[0] < 2:  # a BIT
+            return bool(value[0])
+        if isinstance(value, int | Decimal):
+            return bool(value)
+        word = self.text(column).strip().lower()
+        if word not in _YES | _NO:
+            raise self._broken(column, f"{word!r:.40}, which is neither yes nor no")
+        return word in _YES
+
+    def moment(self, column: str) -> datetime | None:
+        """A time, or None for NULL."""
+        value = self._values[column]
+        if isinstance(value, str):
+            if value.startswith(_NO_DATE):
+                return None
+            with contextlib.suppress(ValueError):  # said below
+                value = datetime.fromisoformat(value)
+        if value is None:
+            return None
+        if not isinstance(value, datetime):
+            raise self._broken(column, f"{value!r:.40}, which is no time")
+        try:
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError:
+            raise self._broken(column, f"{value!s:.40}, which is beyond all times") from None
+
+    def stored(self, column: str) -> str:
+        """The text by which the database compares a time; empty for NULL."""
+        value = self._values[column]
+        if isinstance(value, datetime):
+            return to_stored(value.replace(tzinfo=UTC))
+        return "" if value is None else str(value)
+
+    def _broken(self, column: str, what: str) -> CatalogUnavailable:
+        return CatalogUnavailable(
+            f"column {column} of table {self._table} holds {what}; correct that row of the catalogue"
+        )
+
+
+def _number(text: str) -> object:
+    try:
+        return Decimal(text) if math.isfinite(float(text)) else text
+    except ValueError:
+        return text
+
+
+def fetch(query: peewee.Query, table: str, names: Sequence[str]) -> list[Row]:
+    """The rows of a query, whose columns are ``names``."""
+    return [Row(table, dict(zip(names, values, strict=True))) for values in here().execute(query).fetchall()]
