@@ -501,14 +501,18 @@ class Reader(_Thing):
 
 
 @contextlib.asynccontextmanager
-async def house(directory: Path) -> AsyncIterator[tuple[Simulator, Store]]:
-    """A host, and a database with a repository ``main``, both below ``directory``; nothing may stand at the end."""
+async def house(directory: Path, catalog_url: str | None = None) -> AsyncIterator[tuple[Simulator, Store]]:
+    """A host, and a database with a repository ``main``, both below ``directory``; nothing may stand at the end.
+
+    With a ``catalog_url``, what is in the catalogue is for the caller to see to.
+    """
     repository, mounts = directory / "repository", directory / "mounts"
     repository.mkdir()
     mounts.mkdir()
     simulator = Simulator(mounts)
-    async with await Store.open(f"sqlite:///{directory}/restore.db") as store:
-        await store.add_repository("main", str(repository))
+    async with await Store.open(f"sqlite:///{directory}/restore.db", catalog_url) as store:
+        if catalog_url is None:
+            await store.add_repository("main", str(repository))
         yield simulator, store
     assert not simulator.standing
     assert not list(mounts.iterdir())
@@ -522,7 +526,12 @@ async def add_backup(
     vm_name: str = "web",
 ) -> Backup:
     """Put a backup into the repository ``main``; each disk is its volumes, ``STATE-FILESYSTEM``."""
-    root = (await store.repository("main")).root
+    files = make_images((await store.repository("main")).root, backup_id, disks)
+    return await store.add_backup("main", vm_name, files, backup_id=backup_id)
+
+
+def make_images(root: Path, backup_id: str, disks: tuple[tuple[str, ...], ...]) -> list[DiskFile]:
+    """The images of a backup, below the directory of its repository."""
     files = []
     for index, volumes in enumerate(disks):
         image = root / backup_id / f"disk{index}"
@@ -534,7 +543,7 @@ async def add_backup(
                 (directory / path).parent.mkdir(exist_ok=True)
                 (directory / path).write_bytes(content)
         files.append(DiskFile(index, f"{backup_id}/disk{index}", 1 << 30))
-    return await store.add_backup("main", vm_name, files, backup_id=backup_id)
+    return files
 
 
 def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:

@@ -121,6 +121,7 @@ class Served:
     bus: Users
     polkit: Polkit
     clock: FakeClock
+    resume: Resume
     sweep: Sweep
     events: Events
     service: Service
@@ -134,12 +135,13 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def served(address: str, directory: Path) -> AsyncIterator[Served]:
-    """A service with the backups ``b1`` (two disks) and ``b2``."""
+async def served(address: str, directory: Path, catalog_url: str | None = None) -> AsyncIterator[Served]:
+    """A service with the backups ``b1`` (two disks) and ``b2``, or those that are in another catalogue."""
     async with contextlib.AsyncExitStack() as stack:
-        simulator, store = await stack.enter_async_context(sim.house(directory))
-        await sim.add_backup(store, "b1", (("mountable-ext4", "encrypted-crypto_LUKS"), ("mountable-ntfs",)))
-        await sim.add_backup(store, "b2", vm_name="db")
+        simulator, store = await stack.enter_async_context(sim.house(directory, catalog_url))
+        if catalog_url is None:
+            await sim.add_backup(store, "b1", (("mountable-ext4", "encrypted-crypto_LUKS"), ("mountable-ntfs",)))
+            await sim.add_backup(store, "b2", vm_name="db")
         polkit = await stack.enter_async_context(Polkit(address))
         await polkit.own(POLKIT)
         settings = config.Config(mounts=config.Mounts(directory=simulator.mounts, max=2))
@@ -162,7 +164,7 @@ async def served(address: str, directory: Path) -> AsyncIterator[Served]:
         service.open(bus, parts)
         await bus.own(BUS_NAME)
         users = await stack.enter_async_context(contextlib.AsyncExitStack())
-        yield Served(address, simulator, store, mounts, bus, polkit, clock, sweep, events, service, users)
+        yield Served(address, simulator, store, mounts, bus, polkit, clock, resume, sweep, events, service, users)
 
 
 async def _gone(peer: Peer) -> None:
