@@ -407,3 +407,63 @@ async def test_the_history_is_kept_short(house: House) -> None:
     await house.events.flush()
     await house.sweep.run()
     assert len((await house.store.events(limit=1000))[0]) == 100
+
+
+# A catalogue that is away
+
+
+async def test_a_catalogue_that_is_away_ends_no_mount(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = await house.mount()
+    with monkeypatch.context() as patch:
+        house.fail(patch, "backup_ids")
+        for _ in range(2):
+            assert await house.sweep.run() == 0
+        assert await serves(mount)
+        # All else is looked after meanwhile.
+        await house.store.delete_mount(mount.id)
+        assert await house.sweep.run() == 0
+        assert await house.rows() == {mount.id: MountStatus.MOUNTED}
+    await house.unmount(mount)
+    await house.nothing_is_left()
+
+
+async def test_what_a_catalogue_that_is_away_keeps_from_coming_back_comes_soon_after_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = await house.mount(idle_timeout=7200)
+    await end(house, "crashed")
+    with monkeypatch.context() as patch:
+        house.fail(patch, "backup")
+        assert await house.resume.load() == 0
+        for _ in range(2):
+            with pytest.raises(errors.Unavailable, match="not made again yet"):
+                house.mounts.get(mount.id)
+            with pytest.raises(errors.MountNotFound):
+                house.mounts.get("another")
+            await house.sweep.run()
+        house.sweep.start()
+        assert house.sweep.next == int(house.clock.unix() + PAUSE)
+        house.clock.advance(PAUSE)  # and again, as long as it is away
+        await house.becomes(lambda: house.sweep.next == int(house.clock.unix() + PAUSE))
+    house.clock.advance(PAUSE)
+    await house.becomes(lambda: mount.id in {each.id for each in house.mounts})
+    again = house.mounts.get(mount.id)
+    await built(house, again)
+    assert await serves(again)
+    await house.becomes(lambda: house.sweep.next == int(house.clock.unix()) + 900)
+
+
+async def test_what_was_removed_while_the_catalogue_was_away_is_gone_when_it_is_back(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = await house.mount()
+    await end(house, "crashed")
+    with monkeypatch.context() as patch:
+        house.fail(patch, "backup")
+        await house.resume.load()
+        await house.sweep.run()
+    await house.store.delete_mount(mount.id)  # with its backup, where the row refers to it
+    await house.sweep.run()
+    with pytest.raises(errors.MountNotFound):
+        house.mounts.get(mount.id)
+    await house.nothing_is_left()

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import sqlite3
+import sys
 import threading
 from contextlib import closing
 from datetime import UTC, datetime
@@ -19,7 +20,8 @@ from sendense_restored.daemon.store import ClaimRow, DiskFile, Store, StoreError
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.migrations import MARKER, MIGRATIONS, Migration, migrate
 from sendense_restored.daemon.store.models import MODELS, BackupJob, bind_to_thread, to_stored
-from sendense_restored.daemon.store.sqlite import OwnFile
+from sendense_restored.daemon.store.sqlite import OwnFile, ReadOnlyFile
+from tests.records import NOON, mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -396,6 +398,124 @@ async def test_the_event_loops_thread_has_no_database(url: str) -> None:
         with pytest.raises((peewee.InterfaceError, AttributeError)):
             BackupJob.get_or_none(BackupJob.id == "b1")
         assert await store.backups() == ([], "")
+
+
+# A catalogue in a file of others
+
+
+@pytest.fixture
+async def theirs(tmp_path: Path) -> str:
+    """The catalogue of another installation, which has one backup; it is a file with a journal of writes ahead."""
+    url = f"sqlite:///{tmp_path}/theirs/restore #1?.db"
+    await make(url)
+    return url
+
+
+async def test_a_file_of_others_is_read_while_they_write(url: str, theirs: str) -> None:
+    async with await Store.open(url, theirs) as store, await Store.open(theirs) as owner:
+        assert not store.embedded
+        assert [backup.id for backup in (await store.backups())[0]] == ["b1"]
+        await owner.add_backup("main", "web", [DiskFile(0, "web/b.qcow2", 1)], backup_id="b2")
+        assert await store.backup_ids(["b1", "b2", "b3"]) == {"b1", "b2"}
+        await store.insert_mount(mount())
+        await owner.remove_backup("b1")
+        assert len(await store.mount_rows()) == 1  # it ends with the sweep
+
+
+def digest_of_tables(path: Path) -> str:
+    with connect(path) as connection:
+        return hashlib.sha256("\n".join(connection.iterdump()).encode()).hexdigest()
+
+
+async def test_a_file_of_others_is_never_written(url: str, theirs: str, tmp_path: Path) -> None:
+    file = tmp_path / "theirs/restore #1?.db"
+    before = digest_of_tables(file)
+    database = await Database.open(ReadOnlyFile(file, busy_timeout=5), ours=False)
+    with pytest.raises(errors.CatalogUnavailable):
+        await database.write(lambda: BackupJob.delete().execute())
+    assert await database.read(lambda: BackupJob.select().count()) == 1
+    await database.close()
+    async with await Store.open(url, theirs) as store:
+        await store.backups()
+    assert digest_of_tables(file) == before
+
+
+async def test_a_file_of_others_may_come_go_and_be_replaced(
+    url: str, theirs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "theirs/restore #1?.db"
+    kept = file.rename(tmp_path / "kept.db")
+    async with await Store.open(url, theirs) as store:
+        assert "cannot be read yet" in caplog.text
+        assert not file.exists()  # nor made
+        with pytest.raises(errors.CatalogUnavailable):
+            await store.backups()
+        kept.rename(file)
+        assert len((await store.backups())[0]) == 1
+        await make(f"sqlite:///{tmp_path}/new.db")
+        execute(tmp_path / "new.db", "UPDATE backup_jobs SET id = 'new'")
+        (tmp_path / "new.db").replace(file)
+        assert [backup.id for backup in (await store.backups())[0]] == ["new"]
+        file.unlink()
+        with pytest.raises(errors.CatalogUnavailable):
+            await store.backups()
+        await store.add_events([])
+
+
+async def test_the_same_file_by_another_name_is_the_embedded_catalogue(url: str, path: Path, tmp_path: Path) -> None:
+    await make(url)
+    (tmp_path / "link").symlink_to(path.parent)
+    async with await Store.open(url, f"sqlite:///{tmp_path}/link/restore.db") as store:
+        assert store.embedded
+
+
+async def test_records_stay_when_the_catalogue_moves_and_comes_back(url: str, theirs: str, path: Path) -> None:
+    await make(url)
+    async with await Store.open(url) as store:
+        await store.insert_mount(mount(), [ClaimRow("m1", 7, "", NOON, NOON)])
+    async with await Store.open(url, theirs) as store:
+        await store.insert_mount(mount("m2", "of theirs"), [ClaimRow("m2", 7, "", NOON, NOON)])
+        assert len(await store.mount_rows()) == 2
+    async with await Store.open(url) as store:
+        assert len(await store.mount_rows()) == 2
+        await store.update_mount("m2", resume_attempts=1)
+        await store.delete_mount("m2")
+        await store.delete_mount("m1")
+    with connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM restore_claims").fetchone() == (0,)
+
+
+async def test_texts_that_are_none_leave_the_other_rows(
+    url: str, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await make(url)
+    async with await Store.open(url) as store:
+        await store.add_backup("main", "web", [DiskFile(0, "web/b.qcow2", 1)], backup_id="b2")
+        execute(path, "UPDATE backup_jobs SET vm_name = CAST(x'ff41' AS TEXT) WHERE id = 'b1'")
+        assert [backup.id for backup in (await store.backups())[0]] == ["b2"]
+        assert [vm.vm_name for vm in (await store.vms())[0]] == ["web"]
+        assert "not listing backup 'b1'" in caplog.text
+        with pytest.raises(errors.CatalogUnavailable, match="vm_name"):
+            await store.backup("b1")
+
+
+# A driver that is missing
+
+
+@pytest.mark.parametrize("key", ["url", "catalog_url"])
+async def test_without_the_driver_it_says_what_to_install(
+    url: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "pymysql" or name.startswith("sendense_restored.daemon.store.mysql"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pymysql", None)
+    server = "mysql://user:secret@host/name"
+    with pytest.raises(StoreError, match="install the package python3-pymysql") as caught:
+        await (Store.open(server) if key == "url" else Store.open(url, server))
+    assert "secret" not in str(caught.value)
+    async with await Store.open(url) as store:  # who has no such server needs no driver
+        assert store.embedded
 
 
 # Closing

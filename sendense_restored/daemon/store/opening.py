@@ -95,7 +95,7 @@ def _server(url: MysqlUrl, timeout: float) -> Engine:
     try:
         from .mysql import Server  # noqa: PLC0415  # its driver is needed by those only who use it
     except ModuleNotFoundError as error:
-        if error.name != "pymysql":
+        if str(error.name).partition(".")[0] != "pymysql":
             raise
         raise StoreError(f"{url}: the driver PyMySQL is missing; install the package python3-pymysql") from None
     return Server(url, timeout=timeout)
