@@ -38,7 +38,7 @@ from .mounts import Mounts
 from .notify import ServiceManager
 from .reload import Reload
 from .resume import Resume
-from .store import Store, StoreError, StoreUnreachable
+from .store import Store, StoreError, StoreUnreachableError
 from .sweep import Sweep
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def main() -> None:
         settings = config.load(arguments.config)
         prepare(settings)
         sys.exit(asyncio.run(run(settings, arguments.config, manager)))
-    except (BusError, OSError, CatalogUnavailable, StoreUnreachable) as error:
+    except (BusError, OSError, CatalogUnavailable, StoreUnreachableError) as error:
         log.critical("not starting: %s", error)
         manager.notice(f"not starting: {error}")
         sys.exit(1)

@@ -15,7 +15,7 @@ import peewee
 import pytest
 
 from sendense_restored import database_url, errors
-from sendense_restored.daemon.store import ClaimRow, MountStatus, Store, StoreError, StoreUnreachable, Vm
+from sendense_restored.daemon.store import ClaimRow, MountStatus, Store, StoreError, StoreUnreachableError, Vm
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.engine import here
 from sendense_restored.daemon.store.migrations import MARKER, Migration
@@ -188,7 +188,7 @@ async def test_contexts_that_may_not_be_read_are_as_if_they_were_not_there(accou
         ({"user": "nobody"}, StoreError, "Access denied"),
         ({"password": "wrong-one"}, StoreError, "Access denied"),
         ({"name": "elsewhere"}, StoreError, r"denied.*docs/database\.md"),
-        ({"socket": "/nowhere/socket"}, StoreUnreachable, "cannot be reached"),
+        ({"socket": "/nowhere/socket"}, StoreUnreachableError, "cannot be reached"),
     ],
 )
 async def test_a_database_of_ours_that_cannot_be_used_refuses_to_start_and_tells_no_password(
@@ -541,7 +541,7 @@ async def test_a_hung_server_is_waited_for_within_bounds(mortal: Place) -> None:
 
 
 async def test_a_hung_server_of_ours_refuses_to_start_in_time(mortal: Place) -> None:
-    with mortal.server.hanging(), pytest.raises(StoreUnreachable, match="cannot be reached"):
+    with mortal.server.hanging(), pytest.raises(StoreUnreachableError, match="cannot be reached"):
         await mortal.open(busy_timeout=SOON)
 
 
@@ -625,6 +625,68 @@ async def test_the_session_is_as_it_must_be_whatever_the_server_says(mortal: Pla
 
     assert await database.read(session) == ("+00:00", 5, 1)
     await database.close()
+
+
+# Over TCP
+
+
+@contextlib.asynccontextmanager
+async def listening(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> AsyncIterator[int]:
+    """A port of this host; what connects to it is served."""
+    serving: set[asyncio.Task[None]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    server = await asyncio.start_server(connected, "127.0.0.1")
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+    await asyncio.gather(*serving)
+
+
+async def test_a_server_is_reached_over_tcp(place: Place) -> None:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def bridge(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_unix_connection(place.server.socket)
+        await asyncio.gather(copy(reader, forth), copy(back, writer))
+        await forth.wait_closed()
+
+    place.appliance.add("b1")
+    async with listening(bridge) as port:
+        place.url, place.catalog_url = (
+            f"mysql://root@127.0.0.1:{port}/{name}" for name in (place.records, place.catalogue)
+        )
+        async with await place.open() as store:
+            assert (await store.backup("b1")).id == "b1"
+            await store.insert_mount(mount())
+
+
+async def test_a_port_where_something_else_or_nobody_listens_is_said(place: Place) -> None:
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    async with listening(greet) as port:
+        place.catalog_url = f"mysql://root@127.0.0.1:{port}/appliance"
+        async with await place.open(busy_timeout=SOON) as store:
+            with pytest.raises(errors.CatalogUnavailable, match="does not answer"):
+                await store.backups()
+    async with await place.open(busy_timeout=SOON) as store:  # refused now
+        with pytest.raises(errors.CatalogUnavailable, match="does not answer"):
+            await store.backups()
+    with pytest.raises(StoreUnreachableError, match="refused"):
+        await Store.open(place.catalog_url)
 
 
 # Texts and times of ours

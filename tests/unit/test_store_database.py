@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import threading
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -483,6 +483,28 @@ async def test_records_stay_when_the_catalogue_moves_and_comes_back(url: str, th
         await store.delete_mount("m1")
     with connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM restore_claims").fetchone() == (0,)
+
+
+async def test_times_of_another_form_are_read_and_paged(url: str, theirs: str, tmp_path: Path) -> None:
+    forms = ["2025-03-01T12:00:00Z", "2025-03-01T13:00:00+00:00", "2025-03-01T14:00:00.123456Z"]
+    async with await Store.open(theirs) as owner:
+        for number in range(len(forms)):
+            await owner.add_backup("main", "web", [DiskFile(0, f"web/{number}", 1)], backup_id=f"t{number}")
+        await owner.remove_backup("b1")
+    for number, form in enumerate(forms):
+        execute(
+            tmp_path / "theirs/restore #1?.db", f"UPDATE backup_jobs SET created_at = '{form}' WHERE id = 't{number}'"
+        )
+    async with await Store.open(url, theirs) as store:
+        seen, cursor = [], ""
+        for _ in forms:
+            page, cursor = await store.backups(limit=1, cursor=cursor)
+            seen += [(backup.id, backup.created_at) for backup in page]
+    noon = NOON.replace(microsecond=123456)
+    assert (seen, cursor) == (
+        [("t2", noon + timedelta(hours=2)), ("t1", NOON + timedelta(hours=1)), ("t0", NOON)],
+        "",
+    )
 
 
 async def test_texts_that_are_none_leave_the_other_rows(

@@ -121,6 +121,7 @@ class Server:
             password=password.encode(),
             database=database,
             unix_socket=os.fspath(self.socket),
+            ssl_disabled=True,
             charset="utf8mb4",
             autocommit=True,
             read_timeout=_SECONDS,

@@ -38,7 +38,7 @@ from .records import (
     Repository,
     ScanResult,
     StoreError,
-    StoreUnreachable,
+    StoreUnreachableError,
     Vm,
 )
 from .scanner import scan
@@ -61,7 +61,7 @@ __all__ = [
     "ScanResult",
     "Store",
     "StoreError",
-    "StoreUnreachable",
+    "StoreUnreachableError",
     "Vm",
     "scan",
 ]

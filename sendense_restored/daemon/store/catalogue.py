@@ -11,6 +11,7 @@ what it has found.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from datetime import datetime
@@ -185,7 +186,7 @@ def backups(
     query = query.order_by(BackupJob.created_at.desc(), exact(BackupJob.id).desc())
 
     def convert(rows: Sequence[Row]) -> Iterator[tuple[Place, Backup]]:
-        disks = _disks(list(_meant(rows, lambda row: row.text("id"), "backup")))
+        disks = _disks(_ids(rows))
         return _meant(rows, lambda row: (_place(row), _backup(row, disks)), "backup")
 
     page, more = _page(query, BackupJob, _JOB, limit, convert)
@@ -228,7 +229,7 @@ def of_repository(repository_id: str) -> list[Backup]:
     """All backups of a repository. Raises CatalogUnavailable if one of them means nothing."""
     query = BackupJob.select(*_JOB.values()).where(BackupJob.repository == repository_id)
     rows = _fetch(query, BackupJob, _JOB)
-    disks = _disks([row.text("id") for row in rows])
+    disks = _disks(_ids(rows))
     return [_backup(row, disks) for row in rows]
 
 
@@ -240,6 +241,15 @@ def backup_ids(wanted: Iterable[str]) -> set[str]:
         rows = _fetch(BackupJob.select(BackupJob.id).where(BackupJob.id.in_(some)), BackupJob, ["id"])
         found.update(row.text("id") for row in rows)
     return found & ids
+
+
+def _ids(rows: Iterable[Row]) -> list[str]:
+    """The ids of backups that are some; of others is told where they are needed."""
+    found = []
+    for row in rows:
+        with contextlib.suppress(CatalogUnavailable):
+            found.append(row.text("id"))
+    return found
 
 
 def _in_parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:

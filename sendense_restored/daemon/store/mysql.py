@@ -10,19 +10,21 @@ reads is READ ONLY, which the server itself sees to, and sees one snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import socket
 from typing import TYPE_CHECKING, Any
 
 import peewee
 from pymysql.connections import Connection
 from pymysql.constants import CLIENT
-from pymysql.err import MySQLError
+from pymysql.err import MySQLError, OperationalError
 
 from .engine import Trouble
 from .migrations_mysql import migrate
-from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, code_of, said
-from .records import StoreError, StoreUnreachable
+from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNREACHABLE, code_of, said
+from .records import StoreError, StoreUnreachableError
 
 if TYPE_CHECKING:
     from sendense_restored.database_url import MysqlUrl
@@ -35,10 +37,33 @@ _OTHERS_MIGRATING = 60.0
 
 
 class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type information
-    """A connection that takes no text that is not one; the driver itself would send half a character."""
+    """The driver's connection with two of its faults mended."""
+
+    def connect(self, sock: socket.socket | None = None) -> None:
+        """Connect. Newer versions of the driver lose sight of a socket that finds nobody, so it is made here."""
+        super().connect(sock or self._socket())
+
+    def _socket(self) -> socket.socket:
+        with contextlib.ExitStack() as undo:
+            try:
+                if self.unix_socket:
+                    made = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                    made.settimeout(self.connect_timeout)
+                    made.connect(self.unix_socket)
+                    self._secure = True  # nobody listens in: see the driver's own
+                else:
+                    made = undo.enter_context(socket.create_connection((self.host, self.port), self.connect_timeout))
+                    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            except OSError as error:
+                raise OperationalError(
+                    UNREACHABLE, f"no connection to {self.unix_socket or self.host}: {error}"
+                ) from None
+            undo.pop_all()
+        return made
 
     def query(self, sql: str | bytes, unbuffered: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  # the driver's
-        """Send a statement. Raises UnicodeEncodeError."""
+        """Send a statement. Raises UnicodeEncodeError for half a surrogate pair, which the driver would send."""
         return super().query(sql.encode() if isinstance(sql, str) else sql, unbuffered)
 
 
@@ -63,6 +88,7 @@ class _Database(peewee.MySQLDatabase):  # type: ignore[misc]  # peewee 3 has no 
             host=url.host or None,
             port=url.port,
             database=url.name,
+            ssl_disabled=bool(url.socket),
             charset="utf8mb4",
             autocommit=True,
             sql_mode=_MODE,
@@ -130,7 +156,7 @@ class Server:
                 "SELECT GET_LOCK(%s, %s)", (_lock_of(self._schema), _OTHERS_MIGRATING)
             ).fetchone()
             if alone != 1:
-                raise StoreUnreachable("another process is changing the tables; try again when it is done")
+                raise StoreUnreachableError("another process is changing the tables; try again when it is done")
             migrate(self.database)
         finally:
             self.disconnect()
@@ -167,7 +193,7 @@ class Server:
             return type(error)(f"{self.name}: {error}")
         code = code_of(error)
         if code in LOST or code in CONFLICT:
-            return StoreUnreachable(f"{self.name}: cannot be reached: {said(error)}")
+            return StoreUnreachableError(f"{self.name}: cannot be reached: {said(error)}")
         hint = "; docs/database.md says what has to be granted" if code in DENIED or code in MISSING else ""
         return StoreError(f"{self.name}: cannot be used: {said(error)}{hint}")
 

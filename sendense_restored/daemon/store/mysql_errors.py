@@ -16,6 +16,8 @@ DENIED = frozenset({1044, 1045, 1142, 1143, 1227, 1370, 1698})
 """The account may not do that."""
 MISSING = frozenset({1049, 1054, 1146, 1356})
 """There is no such database, table or column."""
+UNREACHABLE = 2003
+"""No server answered."""
 DONE_ALREADY = frozenset({1050, 1060, 1061, 1091, 1826})
 """A table, a column, an index or a foreign key of that name is there already, or, to be dropped, is not."""
 LOST = frozenset({0, 1040, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, *range(2000, 2100)})
@@ -28,11 +30,10 @@ def code_of(error: BaseException) -> int | None:
     An error of the driver without a number means that it made no sense of what came: the connection is lost.
     """
     for part in error.args:
-        if isinstance(part, MySQLError):
-            return code_of(part)
         if isinstance(part, int):
             return part
-    return 0 if isinstance(error, MySQLError) else None
+    # peewee keeps the driver's error in its own.
+    return 0 if isinstance(getattr(error, "orig", error), MySQLError) else None
 
 
 def said(error: BaseException) -> str:

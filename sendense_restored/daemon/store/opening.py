@@ -19,7 +19,7 @@ from sendense_restored.errors import CatalogUnavailable
 
 from . import catalogue
 from .database import Database
-from .records import StoreError, StoreUnreachable
+from .records import StoreError, StoreUnreachableError
 from .sqlite import OwnFile, ReadOnlyFile
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ async def _tie(records: Database, theirs: Database, at: DatabaseUrl, catalogue_a
         try:
             why = await reference.set_up(records, theirs if schema else None, schema)
         except CatalogUnavailable as error:
-            raise StoreUnreachable(f"{records.name}: {error}") from error
+            raise StoreUnreachableError(f"{records.name}: {error}") from error
     else:
         why = "the catalogue and our records are in different databases"
     if why:

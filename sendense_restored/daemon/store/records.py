@@ -21,7 +21,7 @@ class StoreError(Exception):
     """The database cannot be used and the service must not start; the message is for the administrator."""
 
 
-class StoreUnreachable(StoreError):  # noqa: N818  # it is one of those errors
+class StoreUnreachableError(StoreError):
     """The database cannot be used now; another start may find it well."""
 
 

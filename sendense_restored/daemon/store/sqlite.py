@@ -18,7 +18,7 @@ import peewee
 
 from .engine import Trouble
 from .migrations import migrate
-from .records import StoreError, StoreUnreachable
+from .records import StoreError, StoreUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ class _File:
         if isinstance(error, OSError):
             return StoreError(f"{self.path}: cannot be created: {error.strerror}")
         if _LOCKED in str(error):
-            return StoreUnreachable(f"{self.path}: cannot be opened: {error} by another program")
+            return StoreUnreachableError(f"{self.path}: cannot be opened: {error} by another program")
         return StoreError(
             f"{self.path}: cannot be opened: {error}; move a damaged one away and scan the repositories again"
         )
