@@ -4,6 +4,7 @@
     store.py             the async face, one method per unit of work
     opening.py           which databases those are, and what ties them together
     catalogue.py         units of work that read repositories, backups and disks
+    machines.py          those that read which virtual machines have any
     rows.py              what the values in a catalogue mean that is not ours
     embedded.py          units of work that fill the catalogue where it is ours
     recording.py         the one that makes it say what a scan found

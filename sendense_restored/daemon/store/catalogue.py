@@ -1,4 +1,4 @@
-"""Units of work that read the catalogue: repositories, backups and their disks, virtual machines.
+"""Units of work that read the catalogue: repositories, backups and their disks.
 
 Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only. No
 function touches a repository's files: storage that hangs must not stop the store.
@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import peewee
 
@@ -24,21 +23,15 @@ from sendense_restored.errors import BackupNotFound, CatalogUnavailable, Invalid
 
 from . import cursors
 from .engine import here
-from .models import BackupDiskRow, BackupJob, BackupRepository, VmContext
-from .records import Backup, BackupDisk, Repository, Vm
-from .rows import Row, fetch
+from .models import BackupDiskRow, BackupJob, BackupRepository
+from .records import Backup, BackupDisk, Repository
+from .rows import Row, fetch, in_parts, meant, paged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 MOST_PER_PAGE = 1000
 GIB = 1 << 30
-_VM = "vm:"
-_IDS_AT_ONCE = 500
 _LONGEST_ID = 64
 _LARGEST_INDEX = 2**32 - 1
 
@@ -71,30 +64,12 @@ _REPOSITORY = {
     "config": BackupRepository.config,
     "is_immutable": BackupRepository.is_immutable,
 }
-_CONTEXT = {
-    "context_id": VmContext.context_id,
-    "vm_name": VmContext.vm_name,
-    "repository_id": VmContext.repository_id,
-}
 
 
 def check() -> None:
     """Nothing, if all that is needed of the catalogue can be read."""
     for model, columns in ((BackupRepository, _REPOSITORY), (BackupJob, _JOB), (BackupDiskRow, _DISK)):
-        _fetch(model.select(*columns.values()).where(peewee.SQL("1 = 0")), model, columns)
-
-
-def _fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]) -> list[Row]:
-    return fetch(query, model._meta.table_name, list(columns))  # noqa: SLF001  # peewee's public face
-
-
-def _meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iterator[_T]:
-    """What rows mean. Those that mean nothing are logged and left out: the others still serve."""
-    for row in rows:
-        try:
-            yield convert(row)
-        except CatalogUnavailable as error:
-            log.warning("not listing %s %s: %s", what, row.label, error)
+        fetch(model.select(*columns.values()).where(peewee.SQL("1 = 0")), model, columns)
 
 
 # Repositories
@@ -103,7 +78,7 @@ def _meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iter
 def repository(repository_id: str) -> Repository:
     """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration gives no directory."""
     query = BackupRepository.select(*_REPOSITORY.values()).where(BackupRepository.id == repository_id)
-    for row in _fetch(query, BackupRepository, _REPOSITORY):
+    for row in fetch(query, BackupRepository, _REPOSITORY):
         if row.text("id") == repository_id:
             return _repository(row)
     raise BackupNotFound(
@@ -116,7 +91,7 @@ def repositories() -> list[Repository]:
     exact = here().exact
     query = BackupRepository.select(*_REPOSITORY.values())
     query = query.order_by(exact(BackupRepository.name), exact(BackupRepository.id))
-    return list(_meant(_fetch(query, BackupRepository, _REPOSITORY), _repository, "repository"))
+    return list(meant(fetch(query, BackupRepository, _REPOSITORY), _repository, "repository"))
 
 
 def _repository(row: Row) -> Repository:
@@ -159,7 +134,7 @@ class Place(NamedTuple):
 
 def backup(backup_id: str) -> Backup:
     """One backup. Raises BackupNotFound, and CatalogUnavailable if its rows mean nothing."""
-    rows = _fetch(BackupJob.select(*_JOB.values()).where(BackupJob.id == backup_id), BackupJob, _JOB)
+    rows = fetch(BackupJob.select(*_JOB.values()).where(BackupJob.id == backup_id), BackupJob, _JOB)
     for row in rows:
         if row.text("id") == backup_id:
             return _backup(row, _disks([backup_id]))
@@ -187,28 +162,10 @@ def backups(
 
     def convert(rows: Sequence[Row]) -> Iterator[tuple[Place, Backup]]:
         disks = _disks(_ids(rows))
-        return _meant(rows, lambda row: (_place(row), _backup(row, disks)), "backup")
+        return meant(rows, lambda row: (_place(row), _backup(row, disks)), "backup")
 
-    page, more = _page(query, BackupJob, _JOB, limit, convert)
+    page, more = paged(query, BackupJob, _JOB, limit, convert)
     return [found for _, found in page], encode_cursor(page[-1][0]) if more else ""
-
-
-def _page(
-    query: peewee.Query,
-    model: type[peewee.Model],
-    columns: Iterable[str],
-    limit: int,
-    convert: Callable[[Sequence[Row]], Iterable[_T]],
-) -> tuple[list[_T], bool]:
-    """The first ``limit`` things that rows of a query mean, and whether there are more."""
-    found: list[_T] = []
-    passed = 0
-    while True:
-        rows = _fetch(query.limit(limit + 1).offset(passed), model, columns)
-        found += convert(rows)
-        passed += len(rows)
-        if len(found) > limit or len(rows) <= limit:
-            return found[:limit], len(found) > limit
 
 
 def _place(row: Row) -> Place:
@@ -228,7 +185,7 @@ def _after(place: Place) -> peewee.Expression:
 def of_repository(repository_id: str) -> list[Backup]:
     """All backups of a repository. Raises CatalogUnavailable if one of them means nothing."""
     query = BackupJob.select(*_JOB.values()).where(BackupJob.repository == repository_id)
-    rows = _fetch(query, BackupJob, _JOB)
+    rows = fetch(query, BackupJob, _JOB)
     disks = _disks(_ids(rows))
     return [_backup(row, disks) for row in rows]
 
@@ -237,8 +194,8 @@ def backup_ids(wanted: Iterable[str]) -> set[str]:
     """Those of the ids that are in the catalogue."""
     ids = set(wanted)
     found: set[str] = set()
-    for some in _in_parts(sorted(ids)):
-        rows = _fetch(BackupJob.select(BackupJob.id).where(BackupJob.id.in_(some)), BackupJob, ["id"])
+    for some in in_parts(sorted(ids)):
+        rows = fetch(BackupJob.select(BackupJob.id).where(BackupJob.id.in_(some)), BackupJob, ["id"])
         found.update(row.text("id") for row in rows)
     return found & ids
 
@@ -252,16 +209,12 @@ def _ids(rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def _in_parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-
-
 def _disks(backup_ids: Sequence[str]) -> dict[str, list[Row]]:
     """The rows of these backups' disks, by backup and in the order of their index."""
     found: dict[str, list[Row]] = {backup_id: [] for backup_id in backup_ids}
-    for some in _in_parts(backup_ids):
+    for some in in_parts(backup_ids):
         query = BackupDiskRow.select(*_DISK.values()).where(BackupDiskRow.backup_job.in_(some))
-        for row in _fetch(query.order_by(BackupDiskRow.disk_index), BackupDiskRow, _DISK):
+        for row in fetch(query.order_by(BackupDiskRow.disk_index), BackupDiskRow, _DISK):
             if (rows := found.get(row.text("backup_job_id"))) is not None:
                 rows.append(row)
     return found
@@ -323,80 +276,3 @@ def decode_cursor(cursor: str) -> Place:
     if not separator:
         raise cursors.foreign("backups")
     return Place(moment, backup_id)
-
-
-# Virtual machines
-
-
-class _Counted(NamedTuple):
-    """A virtual machine with its number of backups and the time of the newest, also as the database compares it."""
-
-    name: str
-    backups: int
-    stored: str
-    newest: datetime | None
-
-
-_COUNTED = ("vm_name", "backups", "created_at")
-
-
-def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
-    """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
-    check_limit(limit)
-    name = here().exact(BackupJob.vm_name)
-    query = BackupJob.select(name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
-    query = query.where(BackupJob.vm_name.is_null(is_null=False))
-    if cursor:
-        place = cursors.decode(cursor, "virtual machines")
-        if not place.startswith(_VM):
-            raise cursors.foreign("virtual machines")
-        query = query.where(name > place.removeprefix(_VM))
-
-    def convert(rows: Sequence[Row]) -> Iterator[_Counted]:
-        return _meant(rows, _counted, "virtual machine")
-
-    page, more = _page(query.group_by(name).order_by(name), BackupJob, _COUNTED, limit, convert)
-    repositories = _newest_in(page)
-    contexts = _contexts([vm.name for vm in page])
-    found = []
-    for vm in page:
-        repository_id = repositories.get(vm.name, "")
-        known = contexts.get(vm.name, {})
-        context_id = known.get(repository_id) or min(known.values(), default=vm.name)
-        found.append(Vm(context_id, vm.name, repository_id, vm.backups, vm.newest))
-    return found, cursors.encode(_VM + page[-1].name) if more else ""
-
-
-def _counted(row: Row) -> _Counted:
-    return _Counted(row.text("vm_name"), row.number("backups"), row.stored("created_at"), row.moment("created_at"))
-
-
-def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
-    """The repository of each one's newest backup; of several of that moment, of the first in the list of backups."""
-    found: dict[str, str] = {}
-    created_at = BackupJob.created_at
-    moments = [peewee.Value(vm.stored, converter=False) for vm in page if vm.stored]
-    for some in _in_parts([vm.name for vm in page]):
-        query = BackupJob.select(BackupJob.vm_name, BackupJob.repository, created_at)
-        query = query.where(BackupJob.vm_name.in_(some) & (created_at.in_(moments) | created_at.is_null()))
-        query = query.order_by(created_at, here().exact(BackupJob.id))
-        rows = _fetch(query, BackupJob, ("vm_name", "repository_id", "created_at"))
-        found.update(_meant(rows, lambda row: (row.text("vm_name"), row.text("repository_id")), "a backup of"))
-    return found
-
-
-def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What the appliance calls these virtual machines, by name and repository, where it keeps that."""
-    found: dict[str, dict[str, str]] = {}
-    if names and here().has_table(VmContext._meta.table_name):  # noqa: SLF001  # peewee's public face
-        for some in _in_parts(names):
-            query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
-            # Of several the first: it comes last, in the place of those before it.
-            rows = _fetch(query.order_by(here().exact(VmContext.context_id).desc()), VmContext, _CONTEXT)
-            for context_id, name, repository_id in _meant(rows, _context, "virtual machine"):
-                found.setdefault(name, {})[repository_id] = context_id
-    return found
-
-
-def _context(row: Row) -> tuple[str, str, str]:
-    return row.text("context_id"), row.text("vm_name"), row.text("repository_id")

@@ -53,14 +53,8 @@ async def open_databases(url: str, catalog_url: str | None, *, busy_timeout: flo
         catalogue_at = at
     embedded = isinstance(at, SqliteUrl) and catalogue_at == at
     async with AsyncExitStack() as undo:
-        engine = (
-            OwnFile(at.path, embedded=embedded, busy_timeout=busy_timeout)
-            if isinstance(at, SqliteUrl)
-            else (_server(at, busy_timeout))
-        )
-        records = theirs = await Database.open(
-            engine, "the catalogue" if catalogue_at == at else "the service's own database"
-        )
+        what = "the catalogue" if catalogue_at == at else "the service's own database"
+        records = theirs = await Database.open(_own(at, embedded=embedded, busy_timeout=busy_timeout), what)
         undo.push_async_callback(records.close)
         if catalogue_at != at:
             theirs = await Database.open(_foreign(catalogue_at, busy_timeout), ours=False)
@@ -83,6 +77,12 @@ def _same(one: DatabaseUrl, other: DatabaseUrl) -> bool:
     if isinstance(one, SqliteUrl) and isinstance(other, SqliteUrl):
         return os.path.realpath(one.path) == os.path.realpath(other.path)
     return one == other
+
+
+def _own(url: DatabaseUrl, *, embedded: bool, busy_timeout: float) -> Engine:
+    if isinstance(url, SqliteUrl):
+        return OwnFile(url.path, embedded=embedded, busy_timeout=busy_timeout)
+    return _server(url, busy_timeout)
 
 
 def _foreign(url: DatabaseUrl, busy_timeout: float) -> Engine:

@@ -8,10 +8,11 @@ what it means. What means nothing is said with the names of table and column, so
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sendense_restored.errors import CatalogUnavailable
 
@@ -19,11 +20,16 @@ from .engine import here
 from .models import to_stored
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import peewee
 
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
 LARGEST = 2**63 - 1
+_KEYS_AT_ONCE = 500
 _NO_DATE = "0000-00-00"
 """MySQL's other NULL."""
 _YES = {"1", "y", "yes", "t", "true", "on"}
@@ -125,6 +131,39 @@ def _number(text: str) -> object:
         return text
 
 
-def fetch(query: peewee.Query, table: str, names: Sequence[str]) -> list[Row]:
-    """The rows of a query, whose columns are ``names``."""
+def fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]) -> list[Row]:
+    """The rows of a query of a table, with names for its columns."""
+    names, table = list(columns), model._meta.table_name  # noqa: SLF001  # peewee's public face
     return [Row(table, dict(zip(names, values, strict=True))) for values in here().execute(query).fetchall()]
+
+
+def meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iterator[_T]:
+    """What rows mean. Those that mean nothing are logged and left out: the others still serve."""
+    for row in rows:
+        try:
+            yield convert(row)
+        except CatalogUnavailable as error:
+            log.warning("not listing %s %s: %s", what, row.label, error)
+
+
+def paged(
+    query: peewee.Query,
+    model: type[peewee.Model],
+    columns: Iterable[str],
+    limit: int,
+    convert: Callable[[Sequence[Row]], Iterable[_T]],
+) -> tuple[list[_T], bool]:
+    """The first ``limit`` things that rows of a query mean, and whether there are more."""
+    found: list[_T] = []
+    passed = 0
+    while True:
+        rows = fetch(query.limit(limit + 1).offset(passed), model, columns)
+        found += convert(rows)
+        passed += len(rows)
+        if len(found) > limit or len(rows) <= limit:
+            return found[:limit], len(found) > limit
+
+
+def in_parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """So many at a time as one query takes."""
+    return (keys[start : start + _KEYS_AT_ONCE] for start in range(0, len(keys), _KEYS_AT_ONCE))

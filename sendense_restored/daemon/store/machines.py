@@ -1,0 +1,103 @@
+"""Units of work on the virtual machines that have backups.
+
+The catalogue has no table of them but, maybe, one that says what the appliance calls them. See ``catalogue.py`` for
+how a catalogue is read that is not ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import peewee
+
+from . import cursors
+from .catalogue import check_limit
+from .engine import here
+from .models import BackupJob, VmContext
+from .records import Vm
+from .rows import Row, fetch, in_parts, meant, paged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from datetime import datetime
+
+_VM = "vm:"
+_CONTEXT = {
+    "context_id": VmContext.context_id,
+    "vm_name": VmContext.vm_name,
+    "repository_id": VmContext.repository_id,
+}
+
+
+class _Counted(NamedTuple):
+    """A virtual machine with its number of backups and the time of the newest, also as the database compares it."""
+
+    name: str
+    backups: int
+    stored: str
+    newest: datetime | None
+
+
+_COUNTED = ("vm_name", "backups", "created_at")
+
+
+def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
+    """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
+    check_limit(limit)
+    name = here().exact(BackupJob.vm_name)
+    query = BackupJob.select(name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
+    query = query.where(BackupJob.vm_name.is_null(is_null=False))
+    if cursor:
+        place = cursors.decode(cursor, "virtual machines")
+        if not place.startswith(_VM):
+            raise cursors.foreign("virtual machines")
+        query = query.where(name > place.removeprefix(_VM))
+
+    def convert(rows: Sequence[Row]) -> Iterator[_Counted]:
+        return meant(rows, _counted, "virtual machine")
+
+    page, more = paged(query.group_by(name).order_by(name), BackupJob, _COUNTED, limit, convert)
+    repositories = _newest_in(page)
+    contexts = _contexts([vm.name for vm in page])
+    found = []
+    for vm in page:
+        repository_id = repositories.get(vm.name, "")
+        known = contexts.get(vm.name, {})
+        context_id = known.get(repository_id) or min(known.values(), default=vm.name)
+        found.append(Vm(context_id, vm.name, repository_id, vm.backups, vm.newest))
+    return found, cursors.encode(_VM + page[-1].name) if more else ""
+
+
+def _counted(row: Row) -> _Counted:
+    return _Counted(row.text("vm_name"), row.number("backups"), row.stored("created_at"), row.moment("created_at"))
+
+
+def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
+    """The repository of each one's newest backup; of several of that moment, of the first in the list of backups."""
+    found: dict[str, str] = {}
+    created_at = BackupJob.created_at
+    moments = [peewee.Value(vm.stored, converter=False) for vm in page if vm.stored]
+    for some in in_parts([vm.name for vm in page]):
+        query = BackupJob.select(BackupJob.vm_name, BackupJob.repository, created_at)
+        query = query.where(BackupJob.vm_name.in_(some) & (created_at.in_(moments) | created_at.is_null()))
+        query = query.order_by(created_at, here().exact(BackupJob.id))
+        rows = fetch(query, BackupJob, ("vm_name", "repository_id", "created_at"))
+        found.update(meant(rows, lambda row: (row.text("vm_name"), row.text("repository_id")), "a backup of"))
+    return found
+
+
+def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What the appliance calls these virtual machines, by name and repository, where it keeps that."""
+    found: dict[str, dict[str, str]] = {}
+    if names and here().has_table(VmContext._meta.table_name):  # noqa: SLF001  # peewee's public face
+        for some in in_parts(names):
+            query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
+            # Of several the first: it comes last, in the place of those before it.
+            rows = fetch(query.order_by(here().exact(VmContext.context_id).desc()), VmContext, _CONTEXT)
+            for context_id, name, repository_id in meant(rows, _context, "virtual machine"):
+                found.setdefault(name, {})[repository_id] = context_id
+    return found
+
+
+def _context(row: Row) -> tuple[str, str, str]:
+    return row.text("context_id"), row.text("vm_name"), row.text("repository_id")
