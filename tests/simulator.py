@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sendense_restored import errors, linux
 from sendense_restored.daemon.host.filesystem import MountRefused
-from sendense_restored.daemon.host.readers import Stream
+from sendense_restored.daemon.host.reader import Stream
 from sendense_restored.daemon.host.resources import Resources
 from sendense_restored.daemon.host.volumes import Volume, VolumeState
 from sendense_restored.daemon.store import DiskFile, Store
-from sendense_restored.reader import ntfs, tree
+from sendense_restored.reader import ntfs, pages, tree
 from sendense_restored.reader.outlet import Outlet
 from sendense_restored.reader.stream import opened
 
@@ -443,7 +443,7 @@ class Reader(_Thing):
         await self.simulator.step("list")
         self._check()
         special = self.ntfs.get(volume)
-        return tree.list_directory(
+        return pages.list_directory(
             self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None, ntfs=special
         )
 

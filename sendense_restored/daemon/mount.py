@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .events import Actor, Events
     from .host.clock import Clock, Timer
-    from .host.readers import Stream
+    from .host.reader import Stream
     from .lease import Lease
     from .session import Session
     from .volume import Machine

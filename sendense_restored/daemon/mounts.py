@@ -5,6 +5,9 @@ claim, and the last claim to be dropped or to run out closes the mount. The data
 before anything is built and deleted after everything is gone, so that the next daemon knows what to make again and
 what not (``resume``). Building is a task of ours, not of the caller: a caller that gives up stops waiting, nothing
 more. A mount that has failed stays for a while to tell why.
+
+It is long because it is one thing: every change of the list of mounts is in here, and which of its awaits may come
+between which others can be seen in one place only.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .host.attach import Attachment, Workplace
     from .host.image import Image
     from .host.loop import BlockDevice
-    from .host.readers import Reader, Stream
+    from .host.reader import Reader, Stream
     from .store import Backup, BackupDisk, Repository
     from .volume import Journal, Machine
 

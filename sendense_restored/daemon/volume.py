@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .host.holders import Holding
     from .host.image import Image
     from .host.loop import BlockDevice
-    from .host.readers import Reader
+    from .host.reader import Reader
     from .host.resources import Resources
     from .host.volumes import Volume
     from .host.workplace import Workplace

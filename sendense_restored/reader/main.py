@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sendense_restored import errors, names
 
-from . import protocol, stream, tree
+from . import pages, protocol, stream, tree
 from .confine import Cell, confine
 from .ntfs import Ntfs
 from .outlet import Outlet
@@ -124,7 +124,9 @@ class _Server:
         with self._roots.use(arguments["volume"]) as root:
             if request.op == "list":
                 limit, cursor = arguments["limit"], arguments["cursor"]
-                page = tree.list_directory(root, path, limit=limit, cursor=cursor, check=self._roots.check, ntfs=ntfs)
+                page = pages.list_directory(
+                    root, path, limit=limit, cursor=cursor, check=self._roots.check, ntfs=ntfs
+                )
                 self._send(protocol.listing_frames(request.id, page))
             elif request.op == "stat":
                 self._send([protocol.answer_frame(request.id, tree.stat(root, path, ntfs=ntfs))])

@@ -11,6 +11,8 @@ again and the entries that it has already given are skipped, which a file system
 
 A directory is opened below the one that it was found in, never by a path through others, and links are not followed.
 A damaged file system may have a directory that holds one of those above it: that is told as an error.
+
+``Walk`` is long for a class: it is one loop, unrolled into steps that share where it stands.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from typing import TYPE_CHECKING
 from sendense_restored import errors, linux, names
 
 from . import tree
+from .lines import message, unusual
 from .outlet import Ended
-from .protocol import I64, U32, StreamEnd, matcher
+from .protocol import I64, StreamEnd, matcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,7 +229,7 @@ class Walk:
         try:
             identity = _identity(os.fstat(descriptor))
         except OSError as failure:
-            self._put_error(self._head, None, _message(failure))
+            self._put_error(self._head, None, message(failure))
             return
         self._way.append(_Level(b"", 0, -1, identity))
         self._above.add(identity)
@@ -238,7 +241,7 @@ class Walk:
                         self._open_again(descriptor, level)
                     below = self._read(level, depth + len(self._way) - 1)
                 except OSError as failure:
-                    self._put_error(self._head, None, _message(failure))
+                    self._put_error(self._head, None, message(failure))
                     below = False
                 if not below:
                     self._leave()
@@ -277,7 +280,7 @@ class Walk:
         try:
             descriptor = linux.openat2(level.descriptor, name, _DIRECTORY, resolve=_BELOW)
         except OSError as failure:
-            self._put_error(self._head, text, _message(failure))
+            self._put_error(self._head, text, message(failure))
             return False
         below = _Level(name, len(self._head), descriptor, (0, 0))
         try:
@@ -286,11 +289,11 @@ class Walk:
             if below.identity in self._above:
                 problem = _CIRCLE
             elif status is not None and not os.path.samestat(status, opened):
-                problem = _message(OSError(errno.ESTALE, ""))
+                problem = message(OSError(errno.ESTALE, ""))
             else:
                 problem = ""
         except OSError as failure:
-            problem = _message(failure)
+            problem = message(failure)
         if problem:
             below.close()
             self._put_error(self._head, text, problem)
@@ -338,7 +341,7 @@ class Walk:
                             status = found.stat(follow_symlinks=False)
                             look = self._ntfs.look(level.descriptor, name, status) if self._ntfs is not None else None
                         except OSError as failure:
-                            self._put_error(self._head, text, _message(failure))
+                            self._put_error(self._head, text, message(failure))
                             continue
                         self._tell(level.descriptor, status, text, name, look)
                         if self._truncated:
@@ -376,7 +379,7 @@ class Walk:
         if kind == "file" and status.st_nlink == 1 and -I64 <= mtime <= I64 and size >= 0 and look is None:
             self._put(f'{line},"size":{size},"mode":{mode & 0o7777},"mtime_ns":{mtime}}}\n')
         else:
-            self._put(line + _unusual(directory, name, kind, status, look))
+            self._put(line + unusual(directory, name, kind, status, look))
 
 
 def _is_directory(found: os.DirEntry[str], status: os.stat_result | None) -> bool:
@@ -393,43 +396,6 @@ def _may_be(found: os.DirEntry[str], kind: str) -> bool:
         return not (found.is_dir(follow_symlinks=False) or found.is_symlink())
     except OSError:
         return True
-
-
-def _unusual(directory: int, name: bytes, kind: str, status: os.stat_result, look: Look | None) -> str:
-    """The rest of a line of anything but an ordinary file, from its size on."""
-    mtime = max(-I64 - 1, min(status.st_mtime_ns, I64))
-    size, mode = status.st_size, stat_module.S_IMODE(status.st_mode)
-    if look is not None:
-        size, mode = look.size, look.mode
-    rest = f',"size":{max(size, 0)},"mode":{mode},"mtime_ns":{mtime}'
-    if look is not None:
-        if kind == "symlink":
-            rest += f',"target":{quoted(look.target)}'
-        if look.unreadable:
-            rest += f',"unreadable":{quoted(look.unreadable)}'
-    elif kind == "symlink":
-        try:
-            rest += f',"target":{quoted(tree.link_target(name, directory))}'
-        except OSError as failure:
-            rest += f',"unreadable":{quoted(_message(failure))}'
-    if kind == "file" and status.st_nlink > 1:
-        rest += f',"nlink":{min(status.st_nlink, U32)}'
-    if mtime != status.st_mtime_ns:
-        rest += ',"time_clamped":true'
-    if not kind:
-        rest += f',"unreadable":{quoted(_message(OSError(errno.EUCLEAN, "")))}'
-    return rest + "}\n"
-
-
-def _message(failure: OSError) -> str:
-    """Why something in a directory cannot be told; the path stands beside it."""
-    number = failure.errno
-    if number in tree.NO_RESOURCES:
-        return "the mount's reader is short of memory or descriptors; try again in a moment"
-    if number in tree.DAMAGED or number in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
-        # It was listed a moment ago, in a file system that does not change.
-        return "the file system is damaged here, or its storage failed; try an older backup"
-    return f"the file system did not give it ({os.strerror(number) if number else 'unknown error'})"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

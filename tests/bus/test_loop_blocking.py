@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from sendense_restored.client import BUS_NAME, MOUNT, ROOT
-from sendense_restored.reader import protocol, tree
+from sendense_restored.reader import pages, protocol
 from sendense_restored.wire import Caller, Incoming
 from tests import simulator as sim
 from tests.bus.served import served, variants
@@ -38,7 +38,7 @@ async def list_as_a_reader(
 ) -> protocol.Listing:
     """A page as it comes from a reader: read elsewhere, then frame after frame, each a turn of the event loop."""
     page = await asyncio.to_thread(
-        tree.list_directory, self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None
+        pages.list_directory, self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None
     )
     frames = await asyncio.to_thread(lambda: list(protocol.listing_frames(1, page)))
     parts = protocol.ListingParts(limit=limit, cursor=cursor)

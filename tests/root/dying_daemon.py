@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sendense_restored.daemon import main, session, volume
-from sendense_restored.daemon.host import attach, filesystem, loop, machine, readers
+from sendense_restored.daemon.host import attach, filesystem, loop, machine, reader
 from sendense_restored.daemon.store import Store
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ BUILDING: tuple[tuple[type, str], ...] = (
     (machine.Machine, "discover"),
     (machine.Machine, "slice"),
     (machine.Machine, "mount"),
-    (readers.Reader, "give"),
+    (reader.Reader, "give"),
     (Store, "update_mount"),
 )
 CLOSING: tuple[tuple[type, str], ...] = (
     (Store, "update_mount"),
-    (readers.Reader, "take_back"),
+    (reader.Reader, "take_back"),
     (filesystem.Mounted, "unmount"),
     (volume.SessionVolume, "unmount"),
     (loop.LoopDevice, "close"),
     (attach.FuseAttachment, "close"),
     (session.Session, "_close_images"),
-    (readers.Reader, "close"),
+    (reader.Reader, "close"),
     (session.Session, "_close_directory"),
     (attach.Workplace, "close"),
     (Store, "delete_mount"),

@@ -24,7 +24,7 @@ from tests.root.test_filesystem_live import Loop, volume
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from sendense_restored.daemon.host.readers import Reader
+    from sendense_restored.daemon.host.reader import Reader
     from sendense_restored.reader.protocol import Entry, FileInfo
 
 EFS = "encrypted by Windows (EFS)"

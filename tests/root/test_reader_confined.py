@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored import config, errors, linux
-from sendense_restored.daemon.host import readers
+from sendense_restored.daemon.host import reader as host_reader
 from sendense_restored.daemon.host.process import Tools
 from sendense_restored.daemon.host.readers import Readers
 from sendense_restored.reader import protocol
@@ -26,7 +26,7 @@ from sendense_restored.reader.protocol import Filters, Start
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from sendense_restored.daemon.host.readers import Reader, Stream
+    from sendense_restored.daemon.host.reader import Reader, Stream
 
 HOSTILE = (str(Path(__file__).with_name("hostile_reader.py")),)
 KILLED = "signal 31"  # SIGSYS, by the filter
@@ -326,13 +326,13 @@ async def test_cancelling_a_start_leaves_nothing(stage: Stage, monkeypatch: pyte
     starting = asyncio.create_task(Readers(Tools.find({}), settings, program=program).start("silent"))
     if when == "waiting":
         waiting = asyncio.Event()
-        ready = readers.Reader.ready
+        ready = host_reader.Reader.ready
 
         async def noted(reader: Reader) -> None:
             waiting.set()
             await ready(reader)
 
-        monkeypatch.setattr(readers.Reader, "ready", noted)
+        monkeypatch.setattr(host_reader.Reader, "ready", noted)
         await waiting.wait()
     else:
         await asyncio.sleep(0)  # one turn: it has begun

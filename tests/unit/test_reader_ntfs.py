@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sendense_restored import errors, linux, names
-from sendense_restored.reader import ntfs, protocol, tree
+from sendense_restored.reader import ntfs, pages, protocol, tree
 from sendense_restored.reader.protocol import Filters, Start
 from tests import simulator as sim
 from tests.unit.test_reader_stream import listed as streamed_lines
@@ -68,7 +68,7 @@ def opened(root: int, *path: bytes, stream: bytes = b"", as_: ntfs.Ntfs = SIMULA
 
 
 def listed(root: int, *path: bytes, as_: ntfs.Ntfs = SIMULATED) -> dict[str, Entry]:
-    page = tree.list_directory(root, path, limit=1000, cursor="", check=lambda: None, ntfs=as_)
+    page = pages.list_directory(root, path, limit=1000, cursor="", check=lambda: None, ntfs=as_)
     return {entry.name: entry for entry in page.entries}
 
 
@@ -409,7 +409,7 @@ def test_other_file_systems_are_asked_nothing(root: int, volume: Path, monkeypat
         raise AssertionError
 
     monkeypatch.setattr(os, "getxattr", fail)
-    page = tree.list_directory(root, (), limit=10, cursor="", check=lambda: None)
+    page = pages.list_directory(root, (), limit=10, cursor="", check=lambda: None)
     assert [(entry.name, entry.kind, entry.size, entry.extras) for entry in page.entries] == [
         *(("a", "file", 514, {}), ("a:s", "file", 514, {}), ("link", "symlink", len(DEDUP), {}))
     ]

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sendense_restored import errors, linux, names
-from sendense_restored.reader import main, protocol, stream, tree
+from sendense_restored.reader import main, pages, protocol, stream
 from sendense_restored.reader.outlet import Ended, Outlet
 from sendense_restored.reader.protocol import I64, Entry, Filters, Start, StreamEnd, matcher
 
@@ -129,7 +129,7 @@ def test_a_line_tells_what_an_ordinary_listing_tells(root: int, volume: Path) ->
     (volume / "link").symlink_to("../any\nwhere")
     (volume / "twice").hardlink_to(volume / "file")
     os.mkfifo(volume / "fifo")
-    page = tree.list_directory(root, (), limit=100, cursor="", check=lambda: None)
+    page = pages.list_directory(root, (), limit=100, cursor="", check=lambda: None)
     expected = [
         {"path": f"/v/{entry.name}", "kind": entry.kind, "size": entry.size, "mode": entry.mode}
         | {"mtime_ns": entry.mtime_ns}

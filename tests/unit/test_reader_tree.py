@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored import errors, linux, names
-from sendense_restored.reader import tree
+from sendense_restored.reader import pages, tree
 from sendense_restored.reader.protocol import I64
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def proceed() -> None:
 
 
 def listed(root: int, *path: bytes, limit: int = 1000, cursor: str = "") -> Listing:
-    return tree.list_directory(root, path, limit=limit, cursor=cursor, check=proceed)
+    return pages.list_directory(root, path, limit=limit, cursor=cursor, check=proceed)
 
 
 def content(root: int, *path: bytes) -> bytes:
@@ -179,7 +179,7 @@ class BrokenEntry:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.ENOENT])
 def test_an_entry_that_cannot_be_looked_at_is_listed_as_unreadable(number: int) -> None:
-    entry = tree._entry(-1, (b"dir",), b"broken", "broken", BrokenEntry(number))  # type: ignore[arg-type] # stands in
+    entry = pages._entry(-1, (b"dir",), b"broken", "broken", BrokenEntry(number))  # type: ignore[arg-type] # stands in
     assert (entry.name, entry.kind, entry.size) == ("broken", "directory", 0)
     assert "'/dir/broken'" in str(entry.extras["unreadable"])
     assert "damaged" in str(entry.extras["unreadable"])
@@ -187,7 +187,7 @@ def test_an_entry_that_cannot_be_looked_at_is_listed_as_unreadable(number: int) 
 
 def test_running_out_of_memory_fails_the_page_and_blames_no_file() -> None:
     with pytest.raises(OSError, match="allocate"):
-        tree._entry(-1, (), b"x", "x", BrokenEntry(errno.ENOMEM))  # type: ignore[arg-type] # stands in for an entry
+        pages._entry(-1, (), b"x", "x", BrokenEntry(errno.ENOMEM))  # type: ignore[arg-type] # stands in for an entry
 
 
 def test_a_listing_ends_when_the_roots_are_asked_back(root: int, volume: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_listing_ends_when_the_roots_are_asked_back(root: int, volume: Path) -
             raise errors.Unavailable("now")
 
     with pytest.raises(errors.Unavailable):
-        tree.list_directory(root, (), limit=10, cursor="", check=asked_back)
+        pages.list_directory(root, (), limit=10, cursor="", check=asked_back)
 
 
 # --- paths ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from sendense_restored import errors, linux
-from sendense_restored.daemon.host import readers
+from sendense_restored.daemon.host import reader as host_reader
 from sendense_restored.daemon.host.channel import Channel
-from sendense_restored.daemon.host.readers import MOST_REQUESTS, Reader, Stream
+from sendense_restored.daemon.host.reader import MOST_REQUESTS, Reader, Stream
 from sendense_restored.reader import protocol
 from sendense_restored.reader.protocol import Entry, FileInfo, Filters, Listing, Start, StreamEnd
 
@@ -645,7 +645,7 @@ async def test_a_reader_that_ends_by_itself_is_lost_and_tells_how(scene: Scene, 
 
 
 async def test_a_closed_socket_ends_the_reader(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_GRACE", 0.01)
+    monkeypatch.setattr(host_reader, "_GRACE", 0.01)
     asking = asyncio.create_task(scene.reader.stat("v", ()))
     await scene.peer.number()
     scene.peer.sock.close()

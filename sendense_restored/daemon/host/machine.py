@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .holders import Holding
     from .image import Image
     from .loop import BlockDevice
-    from .readers import Reader
+    from .reader import Reader
     from .udev import BlockEvents
     from .volumes import Volume
 
