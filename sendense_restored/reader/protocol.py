@@ -9,10 +9,9 @@ and is answered twice, with a part when the directory is open, and at the end wi
 into the pipe are JSON objects, which ``reader/stream.py`` describes. ``cancel`` with the stream's own id has no
 answer.
 
-The daemon trusts nothing that comes from a reader, which reads hostile file systems: every value is checked for
-type, size and range here, where the wire is defined, and a frame that an honest reader would not send is a
-ProtocolError. Both sides import this module, so it holds no policy and imports little: a reader's start has to be
-quick. It is long because it is the whole of the wire: of the reader's modules, the daemon imports this one only.
+Both sides import this module, and of the reader's modules the daemon imports this one only. So it holds no policy and
+imports little: a reader's start has to be quick. What the daemon believes of the answers is its own affair
+(``daemon/host/answers.py``).
 """
 
 from __future__ import annotations
@@ -51,7 +50,9 @@ MAX_STREAMS = 64
 MAX_PATTERN = 1024
 """Bytes of the longest glob that is looked for."""
 
-_MAX_MESSAGE = 2000
+MAX_MESSAGE = 2000
+"""Characters of the longest message of an error."""
+
 _SEND_BUFFER = 2 * MAX_FRAME
 _AT_ONCE = 64  # entries; encoding them one by one takes half as long again
 _FRAME_MARGIN = 256  # what stands around the entries of a listing, apart from the cursor
@@ -59,20 +60,6 @@ _FRAME_MARGIN = 256  # what stands around the entries of a listing, apart from t
 U32, U64, I64 = 2**32 - 1, 2**64 - 1, 2**63 - 1
 
 KINDS = frozenset({"file", "directory", "symlink", "fifo", "socket", "block", "char"})
-
-# What a reader may say went wrong: not, for example, that the caller is not authorized.
-_ERRORS = {
-    cls.__name__: cls
-    for cls in (
-        errors.InvalidPath,
-        errors.PathNotFound,
-        errors.NotAFile,
-        errors.NotADirectory,
-        errors.Unreadable,
-        errors.TooLarge,
-        errors.Unavailable,
-    )
-}
 
 
 class ProtocolError(Exception):
@@ -99,9 +86,6 @@ class Entry(NamedTuple):
     mtime_ns: int
     target: str
     extras: dict[str, str | int | bool]
-
-
-_ENTRY_LENGTH = len(Entry._fields)
 
 
 class Listing(NamedTuple):
@@ -322,7 +306,7 @@ def starts_of(message: dict[str, Any]) -> list[Start]:
 
 def error_frame(number: int, error: errors.RestoreError) -> bytes:
     """The frame that says why request ``number`` failed."""
-    message = names.displayable(error.message)[:_MAX_MESSAGE]
+    message = names.displayable(error.message)[:MAX_MESSAGE]
     return encode({"id": number, "error": type(error).__name__, "message": message})
 
 
@@ -361,202 +345,3 @@ def _encoded(entries: Sequence[Entry], room: int) -> Iterator[bytes]:
         else:
             for entry in many:
                 yield _dump(entry).encode()
-
-
-# --- the daemon's side: nothing is believed ---------------------------------------------------------------------
-
-
-def _number(value: object, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:  # not isinstance: True is no number
-        raise ProtocolError("a number of the wrong type or size")
-    return value
-
-
-def _truth(value: object) -> bool:
-    if type(value) is not bool:
-        raise ProtocolError("a truth value of the wrong type")
-    return value
-
-
-def _row(value: object, length: int) -> list[object]:
-    if not isinstance(value, list) or len(value) != length:
-        raise ProtocolError("a record of the wrong shape")
-    return value
-
-
-def _sentence(value: object) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_MESSAGE or names.displayable(value) != value:
-        raise ProtocolError("a message that cannot be shown")
-    return value
-
-
-def _text(value: object, longest: int) -> tuple[str, bytes]:
-    """A name or link target in text form, and the bytes that it stands for."""
-    if not isinstance(value, str) or len(value) > longest:
-        raise ProtocolError("a name of the wrong type or length")
-    try:
-        raw = value.encode() if value.isascii() else names.to_bytes(value)
-    except errors.InvalidPath:
-        raise ProtocolError("a name that is not in text form") from None
-    if b"\0" in raw or len(raw) > longest:
-        raise ProtocolError("a name that no file can have")
-    return value, raw
-
-
-def _name(value: object) -> tuple[str, bytes]:
-    text, raw = _text(value, names.MAX_NAME)
-    if raw in {b"", b".", b".."} or b"/" in raw:
-        raise ProtocolError("a name that no file can have")
-    return text, raw
-
-
-def _stream(value: object) -> str:
-    try:
-        if isinstance(value, str):
-            names.parse_stream(value)
-            return value
-    except errors.InvalidOption:
-        pass
-    raise ProtocolError("a stream's name that can be none")
-
-
-def _kind(value: object) -> str:
-    if not isinstance(value, str) or value not in KINDS:
-        raise ProtocolError("a kind of file that there is not")
-    return value
-
-
-def parse_reply(message: dict[str, Any]) -> Reply:
-    """The frame of an answer. Raises ProtocolError."""
-    number = _number(message.get("id"), 0, U32)
-    if message.keys() == {"id", "error", "message"}:
-        name, sentence = message["error"], _sentence(message["message"])
-        if not isinstance(name, str) or name not in _ERRORS:
-            raise ProtocolError("an error that a reader cannot have")
-        return Reply(number, more=False, answer=None, error=_ERRORS[name](sentence))
-    if "ok" not in message or not message.keys() <= {"id", "more", "ok"}:
-        raise ProtocolError("an answer of the wrong shape")
-    return Reply(number, more=_truth(message.get("more", False)), answer=message["ok"], error=None)
-
-
-def parse_usage(answer: object, volumes: Sequence[str]) -> dict[str, Usage]:
-    """The answer to ``give``: how full each of ``volumes`` is. Raises ProtocolError."""
-    if not isinstance(answer, dict) or answer.keys() != set(volumes):
-        raise ProtocolError("the usage of other volumes than asked for")
-    rows = {volume: _row(answer[volume], 2) for volume in volumes}
-    return {volume: Usage(_number(size, 0, U64), _number(used, 0, U64)) for volume, (size, used) in rows.items()}
-
-
-def parse_info(answer: object) -> FileInfo:
-    """The answer to ``stat``, and to ``open``. Raises ProtocolError."""
-    row = _row(answer, len(FileInfo._fields))
-    (
-        kind,
-        size,
-        allocated,
-        mode,
-        uid,
-        gid,
-        atime,
-        mtime,
-        ctime,
-        nlink,
-        target,
-        xattrs,
-        streams,
-        unreadable,
-        clamped,
-    ) = row
-    if not isinstance(xattrs, list) or not isinstance(streams, list):
-        raise ProtocolError("a record of the wrong shape")
-    return FileInfo(
-        kind=_kind(kind),
-        size=_number(size, 0, U64),
-        allocated=_number(allocated, 0, U64),
-        mode=_number(mode, 0, 0o7777),
-        uid=_number(uid, 0, U32),
-        gid=_number(gid, 0, U32),
-        atime_ns=_number(atime, -I64 - 1, I64),
-        mtime_ns=_number(mtime, -I64 - 1, I64),
-        ctime_ns=_number(ctime, -I64 - 1, I64),
-        nlink=_number(nlink, 0, U32),
-        target=_text(target, names.MAX_PATH)[0],
-        xattrs=[_text(name, names.MAX_NAME)[0] for name in xattrs],
-        streams=[_stream(name) for name in streams],
-        unreadable=_sentence(unreadable),
-        time_clamped=_truth(clamped),
-    )
-
-
-def parse_stream_end(answer: object, limit: int | None) -> StreamEnd:
-    """The last answer to ``stream``, with at most ``limit`` entries. Raises ProtocolError."""
-    entries, failed, truncated, size, complete = _row(answer, len(StreamEnd._fields))
-    return StreamEnd(
-        entries=_number(entries, 0, U64 if limit is None else limit),
-        errors=_number(failed, 0, U64),
-        truncated=_truth(truncated),
-        bytes=_number(size, 0, U64),
-        complete=_truth(complete),
-    )
-
-
-def _parse_entry(value: object) -> tuple[bytes, Entry]:
-    """A line of a page. As short a way as can be, while still everything is checked: a page has thousands."""
-    name, kind, size, mode, mtime, target, extras = _row(value, _ENTRY_LENGTH)
-    text, raw = _name(name)
-    if type(size) is not int or type(mode) is not int or type(mtime) is not int:
-        raise ProtocolError("a number of the wrong type or size")
-    if not (0 <= size <= U64 and 0 <= mode <= 0o7777 and -I64 - 1 <= mtime <= I64):
-        raise ProtocolError("a number of the wrong type or size")
-    linked = _text(target, names.MAX_PATH)[0] if target != "" else ""
-    return raw, Entry(text, _kind(kind), size, mode, mtime, linked, _parse_extras(extras) if extras != {} else {})
-
-
-def _parse_extras(extras: object) -> dict[str, str | int | bool]:
-    if not isinstance(extras, dict) or not extras.keys() <= {"unreadable", "time_clamped", "nlink"}:
-        raise ProtocolError("extras that there are not")
-    checked: dict[str, str | int | bool] = {}
-    if "unreadable" in extras:
-        checked["unreadable"] = _sentence(extras["unreadable"])
-    if "time_clamped" in extras:
-        checked["time_clamped"] = _truth(extras["time_clamped"])
-    if "nlink" in extras:
-        checked["nlink"] = _number(extras["nlink"], 0, U32)
-    return checked
-
-
-class ListingParts:
-    """Puts the frames of one listing together.
-
-    Names must rise from frame to frame and begin after the cursor that was asked with, so that no reader can send a
-    client round in circles; their number is bounded by the limit that was asked for.
-    """
-
-    def __init__(self, *, limit: int, cursor: str) -> None:
-        self._left = limit
-        self._last = names.to_bytes(cursor)
-        self._entries: list[Entry] = []
-
-    def add(self, answer: object, *, last: bool) -> None:
-        """One more frame. Raises ProtocolError."""
-        if not isinstance(answer, dict) or answer.keys() != ({"entries", "cursor"} if last else {"entries"}):
-            raise ProtocolError("a listing of the wrong shape")
-        rows = answer["entries"]
-        if not isinstance(rows, list) or len(rows) > self._left or not (rows or last):
-            raise ProtocolError("a listing of the wrong length")
-        self._left -= len(rows)
-        for row in rows:
-            raw, entry = _parse_entry(row)
-            if raw <= self._last:
-                raise ProtocolError("a listing that is not in order")
-            self._last = raw
-            self._entries.append(entry)
-
-    def listing(self, answer: object) -> Listing:
-        """The whole page, of which ``answer`` is the last frame. Raises ProtocolError."""
-        self.add(answer, last=True)
-        assert isinstance(answer, dict)
-        cursor = answer["cursor"]
-        if cursor != "" and (not self._entries or cursor != self._entries[-1].name):
-            raise ProtocolError("a cursor that is not the last name")
-        return Listing(self._entries, str(cursor))

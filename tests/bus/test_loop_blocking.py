@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from sendense_restored.client import BUS_NAME, MOUNT, ROOT
+from sendense_restored.daemon.host import answers
 from sendense_restored.reader import pages, protocol
 from sendense_restored.wire import Caller, Incoming
 from tests import simulator as sim
@@ -41,11 +42,11 @@ async def list_as_a_reader(
         pages.list_directory, self.roots[volume], path, limit=limit, cursor=cursor, check=lambda: None
     )
     frames = await asyncio.to_thread(lambda: list(protocol.listing_frames(1, page)))
-    parts = protocol.ListingParts(limit=limit, cursor=cursor)
+    parts = answers.ListingParts(limit=limit, cursor=cursor)
     for frame in frames[:-1]:
-        parts.add(protocol.parse_reply(protocol._decode(frame)).answer, last=False)
+        parts.add(answers.parse_reply(protocol._decode(frame)).answer, last=False)
         await asyncio.sleep(0)
-    return parts.listing(protocol.parse_reply(protocol._decode(frames[-1])).answer)
+    return parts.listing(answers.parse_reply(protocol._decode(frames[-1])).answer)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sendense_restored import errors, linux, names
+from sendense_restored.daemon.host import answers
 from sendense_restored.reader import ntfs, pages, protocol, tree
 from sendense_restored.reader.protocol import Filters, Start
 from tests import simulator as sim
@@ -97,7 +98,7 @@ def test_every_stream_that_is_told_can_be_asked_for_and_all_fit(found: list[byte
     info = protocol.FileInfo("file", 1, 1, 0, 0, 0, 0, 0, 0, 1, "", [], told, "")
     frame = protocol.answer_frame(1, info)
     assert len(frame) <= protocol.MAX_FRAME
-    assert protocol.parse_info(list(info)).streams == told
+    assert answers.parse_info(list(info)).streams == told
 
 
 def test_the_longest_streams_fit_a_frame_with_the_longest_attributes() -> None:
@@ -112,7 +113,7 @@ def test_the_longest_streams_fit_a_frame_with_the_longest_attributes() -> None:
 def test_no_reader_can_tell_of_a_stream_that_there_cannot_be(name: object) -> None:
     info = protocol.FileInfo("file", 1, 1, 0, 0, 0, 0, 0, 0, 1, "", [], [], "")
     with pytest.raises(protocol.ProtocolError):
-        protocol.parse_info([*info[:12], [name], *info[13:]])
+        answers.parse_info([*info[:12], [name], *info[13:]])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_each_reparse_point_has_a_reason_that_can_be_shown(root: int, volume: Pa
     (volume / "point").symlink_to(f"unsupported reparse tag 0x{tag:08x}")
     info = tree.stat(root, (b"point",), ntfs=SIMULATED)
     assert words in info.unreadable
-    assert protocol.parse_info(list(info)) == info
+    assert answers.parse_info(list(info)) == info
 
 
 # --- paths

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sendense_restored import errors, names
+from sendense_restored.daemon.host import answers
 from sendense_restored.reader import protocol
-from sendense_restored.reader.protocol import Entry, FileInfo, Filters, Listing, ListingParts, ProtocolError, Start
+from sendense_restored.reader.protocol import Entry, FileInfo, Filters, Listing, ProtocolError, Start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +112,7 @@ def test_descriptors_of_garbage_are_closed(pair: Pair) -> None:
 
 
 def replies(frames: Iterator[bytes]) -> list[protocol.Reply]:
-    return [protocol.parse_reply(json.loads(frame)) for frame in frames]
+    return [answers.parse_reply(json.loads(frame)) for frame in frames]
 
 
 def test_a_page_of_the_longest_names_goes_in_frames_that_fit() -> None:
@@ -125,7 +126,7 @@ def test_a_page_of_the_longest_names_goes_in_frames_that_fit() -> None:
     *middle, last = replies(iter(frames))
     assert len(middle) > 10
     assert all(reply.more for reply in middle)
-    parts = ListingParts(limit=100, cursor="")
+    parts = answers.ListingParts(limit=100, cursor="")
     for reply in middle:
         parts.add(reply.answer, last=False)
     assert parts.listing(last.answer) == Listing(entries, entries[-1].name)
@@ -137,29 +138,29 @@ def test_any_names_survive_the_wire(raw: list[bytes], limit: int) -> None:
     honest = [name for name in honest if name not in {b".", b".."}][:limit]
     page = Listing([ENTRY._replace(name=names.to_text(name)) for name in honest], "")
     (reply,) = replies(protocol.listing_frames(1, page))
-    assert ListingParts(limit=limit, cursor="").listing(reply.answer) == page
+    assert answers.ListingParts(limit=limit, cursor="").listing(reply.answer) == page
 
 
 def test_an_empty_page_is_one_frame() -> None:
     (reply,) = replies(protocol.listing_frames(3, Listing([], "")))
-    assert ListingParts(limit=1, cursor="x").listing(reply.answer) == Listing([], "")
+    assert answers.ListingParts(limit=1, cursor="x").listing(reply.answer) == Listing([], "")
 
 
 def test_file_info_survives_the_wire() -> None:
-    reply = protocol.parse_reply(json.loads(protocol.answer_frame(9, INFO)))
+    reply = answers.parse_reply(json.loads(protocol.answer_frame(9, INFO)))
     assert (reply.id, reply.more, reply.error) == (9, False, None)
-    assert protocol.parse_info(reply.answer) == INFO
+    assert answers.parse_info(reply.answer) == INFO
 
 
 def test_the_most_attributes_fit_a_frame() -> None:
     info = INFO._replace(xattrs=["\x01" * 255] * (protocol.MAX_XATTRS // 255))
-    assert protocol.parse_info(json.loads(protocol.answer_frame(1, info))["ok"]) == info
+    assert answers.parse_info(json.loads(protocol.answer_frame(1, info))["ok"]) == info
 
 
 @pytest.mark.parametrize("name", ["InvalidPath", "PathNotFound", "NotAFile", "NotADirectory", "Unreadable"])
 def test_an_error_arrives_as_the_same_class_and_showable(name: str) -> None:
     sent = errors.BY_NAME[name]("there is no '\x1b[2J\u202e'; " + "x" * 5000)
-    reply = protocol.parse_reply(json.loads(protocol.error_frame(4, sent)))
+    reply = answers.parse_reply(json.loads(protocol.error_frame(4, sent)))
     assert type(reply.error) is type(sent)
     assert reply.error.message.startswith(r"there is no '\x1b[2J\u202e'")
 
@@ -223,11 +224,11 @@ def row(**changed: object) -> list[object]:
 )
 def test_a_hostile_listing_is_refused(answer: object) -> None:
     with pytest.raises(ProtocolError):
-        ListingParts(limit=5, cursor="AA").listing(answer)
+        answers.ListingParts(limit=5, cursor="AA").listing(answer)
 
 
 def test_the_limit_holds_over_all_frames_and_none_is_empty() -> None:
-    parts = ListingParts(limit=3, cursor="")
+    parts = answers.ListingParts(limit=3, cursor="")
     parts.add({"entries": [row(name="a"), row(name="b")]}, last=False)
     with pytest.raises(ProtocolError):
         parts.add({"entries": []}, last=False)
@@ -259,13 +260,13 @@ def test_the_limit_holds_over_all_frames_and_none_is_empty() -> None:
 )
 def test_hostile_file_info_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        protocol.parse_info(list(INFO._replace(**changed)))
+        answers.parse_info(list(INFO._replace(**changed)))
 
 
 @pytest.mark.parametrize("answer", [None, {}, [], [*INFO][:-1], [*INFO, 0]])
 def test_file_info_of_the_wrong_shape_is_refused(answer: object) -> None:
     with pytest.raises(ProtocolError):
-        protocol.parse_info(answer)
+        answers.parse_info(answer)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_file_info_of_the_wrong_shape_is_refused(answer: object) -> None:
 )
 def test_a_hostile_reply_is_refused(message: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        protocol.parse_reply(message)
+        answers.parse_reply(message)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_a_hostile_reply_is_refused(message: dict[str, Any]) -> None:
 )
 def test_hostile_usage_is_refused(answer: object) -> None:
     with pytest.raises(ProtocolError):
-        protocol.parse_usage(answer, ["v"])
+        answers.parse_usage(answer, ["v"])
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
@@ -320,12 +321,12 @@ def test_hostile_usage_is_refused(answer: object) -> None:
 )
 def test_a_hostile_end_of_a_stream_is_refused(answer: object) -> None:
     with pytest.raises(ProtocolError):
-        protocol.parse_stream_end(answer, 10)
+        answers.parse_stream_end(answer, 10)
 
 
 def test_an_end_within_the_limit_is_taken_and_without_one_any_number_is() -> None:
-    assert protocol.parse_stream_end([10, 3, True, 700, True], 10) == (10, 3, True, 700, True)
-    assert protocol.parse_stream_end([2**64 - 1, 0, False, 2**64 - 1, False], None).entries == 2**64 - 1
+    assert answers.parse_stream_end([10, 3, True, 700, True], 10) == (10, 3, True, 700, True)
+    assert answers.parse_stream_end([2**64 - 1, 0, False, 2**64 - 1, False], None).entries == 2**64 - 1
 
 
 def test_a_request_for_a_stream_arrives_as_it_was_sent(pair: Pair) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sendense_restored import errors, linux, names
+from sendense_restored.daemon.host import answers
 from sendense_restored.reader import main, pages, protocol, stream
 from sendense_restored.reader.outlet import Ended, Outlet
 from sendense_restored.reader.protocol import I64, Entry, Filters, Start, StreamEnd, matcher
@@ -813,7 +814,7 @@ def test_a_stream_is_answered_when_it_begins_and_when_it_has_ended(serving: Serv
     os.close(reading)
     answer = serving.hears()
     assert answer["id"] == 7
-    assert protocol.parse_stream_end(answer["ok"], None) == StreamEnd(3000, 0, False, len(data), True)
+    assert answers.parse_stream_end(answer["ok"], None) == StreamEnd(3000, 0, False, len(data), True)
 
 
 def test_a_stream_that_cannot_begin_is_an_error_and_its_pipe_is_closed(serving: Serving) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sendense_restored import errors, linux, names
 from sendense_restored.reader import protocol
 
+from . import answers
 from .channel import Channel
 from .process import internal
 
@@ -59,7 +60,7 @@ class Stream:
 class _Asked(Generic[_Answer]):
     """One request without an answer yet."""
 
-    def __init__(self, finish: Callable[[object, _Fds], _Answer], parts: protocol.ListingParts | None = None) -> None:
+    def __init__(self, finish: Callable[[object, _Fds], _Answer], parts: answers.ListingParts | None = None) -> None:
         self.finish = finish
         """Checks the answer, takes the descriptors that it keeps; raises ProtocolError."""
         self.parts = parts
@@ -119,7 +120,7 @@ class Reader:
             self._mount_ids.update({volume: self._mount_below(volume, roots[volume]) for volume in volumes})
 
             def finish(answer: object, _fds: _Fds, volumes: Sequence[str] = volumes) -> dict[str, Usage]:
-                return protocol.parse_usage(answer, volumes)
+                return answers.parse_usage(answer, volumes)
 
             special = [volume for volume in volumes if volume in ntfs]
             arguments = {"volumes": volumes, "ntfs": special, "directory": directory}
@@ -167,7 +168,7 @@ class Reader:
         try:
             if len(cursor) > names.MAX_NAME:
                 raise errors.InvalidPath("the name is too long")
-            parts = protocol.ListingParts(limit=limit, cursor=cursor)
+            parts = answers.ListingParts(limit=limit, cursor=cursor)
         except errors.InvalidPath:
             raise errors.InvalidOption("cursor must be empty or what the last answer said") from None
         asked = _Asked(lambda answer, _fds: parts.listing(answer), parts)
@@ -190,7 +191,7 @@ class Reader:
         def finish(answer: object, _fds: _Fds) -> StreamEnd:
             if not begun.done():
                 raise protocol.ProtocolError("the end of a stream that has not begun")
-            return protocol.parse_stream_end(answer, filters.limit)
+            return answers.parse_stream_end(answer, filters.limit)
 
         asked = _Asked(finish)
         asked.begun = begun
@@ -220,7 +221,7 @@ class Reader:
 
     async def stat(self, volume: str, path: tuple[bytes, ...]) -> FileInfo:
         """What is known of one file; a symbolic link is described, not followed."""
-        asked = _Asked(lambda answer, _fds: protocol.parse_info(answer))
+        asked = _Asked(lambda answer, _fds: answers.parse_info(answer))
         return await self._ask(asked, "stat", {"volume": volume, "path": names.format_path(path)})
 
     async def open(
@@ -233,7 +234,7 @@ class Reader:
         """
 
         def finish(answer: object, fds: _Fds) -> FileInfo:
-            info = protocol.parse_info(answer)
+            info = answers.parse_info(answer)
             if most is not None and info.size > most:
                 raise protocol.ProtocolError("a file larger than what was asked for")
             self._check_file(volume, info, fds)
@@ -273,7 +274,7 @@ class Reader:
     # --- answers ------------------------------------------------------------------------------------------------
 
     def _answered(self, message: dict[str, Any], fds: _Fds) -> None:
-        reply = protocol.parse_reply(message)
+        reply = answers.parse_reply(message)
         asked = self._asked.get(reply.id)
         if asked is None:
             raise protocol.ProtocolError("an answer that nobody waits for")
