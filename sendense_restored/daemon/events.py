@@ -42,7 +42,7 @@ _LENGTHS = {"what": 32, "outcome": 64, "unit": 255, "on_behalf_of": 255, "mount_
 OK, LOST, REFUSED = "ok", "lost", "refused"
 _EXPECTED = {OK, errors.Cancelled.__name__}
 
-REFUSALS_EVERY = 60.0
+ALIKE_EVERY = 60.0
 """Seconds in which one user gets one event for refusals of one action, and for failures of one kind on one mount."""
 
 
@@ -71,7 +71,7 @@ SERVICE = Actor(None)
 
 
 @dataclass
-class _Refusals:
+class _Alike:
     """Those that are alike since one of them became an event."""
 
     since: float
@@ -99,7 +99,7 @@ class Events:
         self._bounds: tuple[int, float] | None = None
         self._since_trim = 0
         self._closed = False
-        self._refusals: dict[tuple[object, ...], _Refusals] = {}  # the oldest first
+        self._alike: dict[tuple[object, ...], _Alike] = {}  # the oldest first
 
     def record(
         self,
@@ -168,19 +168,19 @@ class Events:
     def _seldom(
         self, key: tuple[object, ...], about: str, alike: dict[str, Any], *, detail: str, path: str = ""
     ) -> None:
-        self._settle_refusals(self._monotonic() - REFUSALS_EVERY)
-        if (known := self._refusals.get(key)) is not None:
+        self._settle_alike(self._monotonic() - ALIKE_EVERY)
+        if (known := self._alike.get(key)) is not None:
             known.left_out += 1
             return
-        self._refusals[key] = _Refusals(self._monotonic(), alike, about)
+        self._alike[key] = _Alike(self._monotonic(), alike, about)
         self.record(**alike, path=path, detail=detail)
 
-    def _settle_refusals(self, until: float) -> None:
+    def _settle_alike(self, until: float) -> None:
         """Tell how many were left out since the events up to then, and forget those."""
-        for key, refusals in list(self._refusals.items()):
+        for key, refusals in list(self._alike.items()):
             if refusals.since > until:
                 return
-            del self._refusals[key]
+            del self._alike[key]
             if refusals.left_out:
                 self.record(**refusals.alike, detail=f"{refusals.about}{refusals.left_out} more within a minute")
 
@@ -193,7 +193,7 @@ class Events:
     async def close(self) -> None:
         """Write what is queued; what is recorded after that is only logged. May be called again."""
         if not self._closed:
-            self._settle_refusals(self._monotonic())
+            self._settle_alike(self._monotonic())
             self._closed = True
         await self.flush()
         if missing := len(self._queue) + self._lost:
@@ -207,6 +207,7 @@ class Events:
         From then on it is done again whenever many have come. Raises errors.CatalogUnavailable.
         """
         self._bounds, self._since_trim = (keep, older), 0
+        self._settle_alike(self._monotonic() - ALIKE_EVERY)  # nobody may try again for long
         return await self._store.trim_events(keep, datetime.fromtimestamp(self._unix() - older, UTC))
 
     def _write_soon(self) -> None:

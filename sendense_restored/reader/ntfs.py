@@ -191,6 +191,8 @@ class Ntfs:
             links += 1
             if links > _MOST_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if not target:  # path_resolution(7): an empty path leads nowhere
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             done.clear() if target.startswith(b"/") else done.pop()
             left.extend(reversed(target.split(b"/")))
         return tuple(done)

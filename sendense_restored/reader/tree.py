@@ -255,7 +255,8 @@ def stat(root: int, path: tuple[bytes, ...], *, ntfs: Ntfs | None = None) -> Fil
                     xattrs = _xattrs(descriptor)
                 else:  # it lists none, and answers the question with the error of an earlier one (2022.10.3)
                     streams = ntfs.streams(descriptor)
-                    look = ntfs.look_at_file(descriptor, status)
+                    if stat_module.S_ISREG(status.st_mode):  # of a directory the flags are for what is made in it
+                        look = ntfs.look_at_file(descriptor, status)
             finally:
                 os.close(descriptor)
         except OSError as error:

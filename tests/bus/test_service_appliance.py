@@ -78,6 +78,16 @@ async def test_what_the_appliance_has_is_listed_and_mounted(client: Client) -> N
         await client.mount("B1")
 
 
+async def test_who_may_not_mount_learns_nothing_of_the_catalogue(service: Served, mortal_mariadb: Server) -> None:
+    anna = await service.user(ANNA)
+    service.polkit.allowed.discard("mount")
+    mortal_mariadb.kill()
+    for backup in ("b1", "no such backup"):
+        assert error_of(await anna.ask("Mount", "sa{sv}", backup, {}))[0] == "NotAuthorized"
+    service.polkit.allowed.add("mount")
+    assert error_of(await anna.ask("Mount", "sa{sv}", "b1", {}))[0] == "CatalogUnavailable"
+
+
 async def test_a_catalogue_that_is_away_ends_no_mount_and_comes_back(
     service: Served, client: Client, mortal_mariadb: Server, appliance: Hand
 ) -> None:

@@ -50,6 +50,21 @@ async def test_one_that_is_bound_is_not_free_and_one_that_is_closed_is(device: L
     await device.freed()
 
 
+async def test_what_a_killed_daemon_left_of_a_mount_does_not_stay(tmp_path: Path, events: BlockEvents) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(bytes(SIZE))
+    with backing.open("r+b") as file:
+        killed = LoopDevice.bind(file.fileno(), 0, SIZE, events, writable=True)
+        killed.set_read_only(refuse=True)
+        killed.drop()
+        await killed.freed()
+        flag = Path("/sys/block", killed.path.name, "ro")
+        assert flag.read_text(encoding="ascii") == "1\n", "the kernel takes it back by itself: bind need not"
+        again = LoopDevice.bind(file.fileno(), 0, SIZE, events, writable=True)
+        assert (again.path, flag.read_text(encoding="ascii")) == (killed.path, "0\n")
+        await again.close()
+
+
 async def test_whoever_waits_hears_of_the_last_user_and_of_no_one_before(device: LoopDevice) -> None:
     first, last = (os.open(device.path, os.O_RDONLY | os.O_CLOEXEC) for _ in range(2))
     with pytest.raises(errors.Busy):

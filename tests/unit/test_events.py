@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sendense_restored import errors, names
 from sendense_restored.daemon import events as module
-from sendense_restored.daemon.events import MOST_QUEUED, REFUSALS_EVERY, SERVICE, Actor, Events
+from sendense_restored.daemon.events import ALIKE_EVERY, MOST_QUEUED, SERVICE, Actor, Events
 from sendense_restored.daemon.lease import Holder
 from sendense_restored.daemon.store import Event, Store
 
@@ -54,6 +54,10 @@ class Table(Store):
         if self.broken is not None:
             raise self.broken
         self.batches.append(batch)
+
+    async def trim_events(self, keep: int, before: datetime) -> int:
+        del keep, before
+        return 0
 
     @property
     def rows(self) -> list[Event]:
@@ -361,11 +365,11 @@ async def test_a_flood_of_refusals_is_one_event_a_minute_and_a_number(
         (1001, "refused", "NotAuthorized", "read-others on m1: you may not"),
         (990, "refused", "NotAuthorized", "mount on b1: you may not"),
     ]
-    clock.passed = REFUSALS_EVERY - 0.1
+    clock.passed = ALIKE_EVERY - 0.1
     events.refused(ANNA, "mount", "b2", "you may not")
     await events.flush()
     assert len(table.rows) == 3
-    clock.passed = REFUSALS_EVERY
+    clock.passed = ALIKE_EVERY
     events.refused(ANNA, "mount", "b3", "you may not")
     await events.flush()
     assert [(row.uid, row.detail) for row in table.rows[3:]] == [
@@ -381,12 +385,21 @@ async def test_the_number_left_out_is_told_at_the_end_at_the_latest(events: Even
     assert [row.detail for row in table.rows] == ["mount: no", "mount: 2 more within a minute"]
 
 
+async def test_the_number_left_out_is_told_by_the_sweep(events: Events, table: Table, clock: Clock) -> None:
+    for _ in range(3):
+        events.refused(ANNA, "mount", "", "no")
+    clock.passed = ALIKE_EVERY
+    await events.trim(keep=1000, older=86_400)
+    await events.flush()
+    assert [row.detail for row in table.rows] == ["mount: no", "mount: 2 more within a minute"]
+
+
 async def test_refusals_of_long_ago_are_forgotten(events: Events, clock: Clock) -> None:
     for uid in range(1000):
         events.refused(Actor(uid), "mount", "b1", "no")
-    clock.passed = REFUSALS_EVERY
+    clock.passed = ALIKE_EVERY
     events.refused(ANNA, "mount", "b1", "no")
-    assert len(events._refusals) == 1
+    assert len(events._alike) == 1
 
 
 def fail(events: Events, path: str, *, actor: Actor = ANNA, outcome: str = "PathNotFound", mount: str = "m1") -> None:
@@ -409,14 +422,14 @@ async def test_failures_alike_are_one_event_a_minute_and_a_number(events: Events
         ("opened", "/0", "not /0", None),
         ("opened", "/other", "not /other", None),
     ]
-    clock.passed = REFUSALS_EVERY
+    clock.passed = ALIKE_EVERY
     fail(events, "/later")
     await events.flush()
     assert [(row.mount_id, row.outcome, row.path, row.detail) for row in table.rows[5:]] == [
         ("m1", "PathNotFound", "", "999 more within a minute"),
         ("m1", "PathNotFound", "/later", "not /later"),
     ]
-    assert len(events._refusals) == 1
+    assert len(events._alike) == 1
 
 
 # The bound

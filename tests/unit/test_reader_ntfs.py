@@ -109,6 +109,18 @@ def test_the_longest_streams_fit_a_frame_with_the_longest_attributes() -> None:
     assert len(protocol.answer_frame(1, info)) <= protocol.MAX_FRAME
 
 
+@pytest.mark.parametrize(("place", "most"), [(11, protocol.MAX_XATTRS), (12, protocol.MAX_STREAM_NAMES)])
+def test_no_reader_can_tell_of_more_names_than_an_honest_one(place: int, most: int) -> None:
+    row: list[object] = ["file", 1, 1, 0, 0, 0, 0, 0, 0, 1, "", [], [], "", False]
+    whole = ["n" * 16] * (most // 16)
+    row[place] = whole
+    assert answers.parse_info(row)[place] == whole
+    for many in ([*whole, "n"], ["n"] * (most + 1)):
+        row[place] = many
+        with pytest.raises(protocol.ProtocolError):
+            answers.parse_info(row)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", "a\0b", "x" * 1021, "\ud800", "\uefc3\uefa9", 7, None])
 def test_no_reader_can_tell_of_a_stream_that_there_cannot_be(name: object) -> None:
     info = protocol.FileInfo("file", 1, 1, 0, 0, 0, 0, 0, 0, 1, "", [], [], "")
@@ -357,6 +369,22 @@ def test_attributes_decide_on_what_is_opened(root: int, volume: Path, flags: int
         return
     with pytest.raises(errors.Unreadable, match=words):
         opened(root, b"a", as_=Says(flags))
+
+
+@pytest.mark.parametrize("flags", [ENCRYPTED, RECALLED, OFFLINE | REPARSE_POINT])
+def test_the_flags_of_a_directory_are_for_what_is_made_in_it(root: int, volume: Path, flags: int) -> None:
+    (volume / "d").mkdir()
+    for number in range(200):
+        (volume / "d" / str(number)).touch()
+    info = tree.stat(root, (b"d",), ntfs=Says(flags))
+    assert (info.kind, info.unreadable, info.mode) == ("directory", "", (volume / "d").stat().st_mode & 0o7777)
+
+
+def test_a_link_to_an_empty_path_leads_nowhere(root: int, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (volume / "link").symlink_to("any")  # no file system lets an empty one be made
+    monkeypatch.setattr(os, "readlink", lambda _name, *, dir_fd: b"" if dir_fd >= 0 else None)
+    with pytest.raises(errors.PathNotFound):
+        tree.open_directory(root, (b"link",), ntfs=SIMULATED)
 
 
 def test_an_encrypted_file_without_content_is_faithful(root: int, volume: Path) -> None:

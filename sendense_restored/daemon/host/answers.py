@@ -13,6 +13,8 @@ from sendense_restored.reader.protocol import (
     I64,
     KINDS,
     MAX_MESSAGE,
+    MAX_STREAM_NAMES,
+    MAX_XATTRS,
     U32,
     U64,
     Entry,
@@ -25,7 +27,7 @@ from sendense_restored.reader.protocol import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # What a reader may say went wrong: not, for example, that the caller is not authorized.
 _ERRORS = {
@@ -97,6 +99,17 @@ def _stream(value: object) -> str:
     raise ProtocolError("a stream's name that can be none")
 
 
+def _names(value: object, check: Callable[[object], str], longest: int) -> list[str]:
+    """Names that have no more than so many bytes together."""
+    # The shortest name has one byte; those that are more are not even looked at.
+    if not isinstance(value, list) or len(value) > longest:
+        raise ProtocolError("a record of the wrong shape")
+    checked = [check(name) for name in value]
+    if sum(len(names.to_bytes(name)) for name in checked) > longest:
+        raise ProtocolError("more names than a reader tells")
+    return checked
+
+
 def _kind(value: object) -> str:
     if not isinstance(value, str) or value not in KINDS:
         raise ProtocolError("a kind of file that there is not")
@@ -144,8 +157,6 @@ def parse_info(answer: object) -> FileInfo:
         unreadable,
         clamped,
     ) = row
-    if not isinstance(xattrs, list) or not isinstance(streams, list):
-        raise ProtocolError("a record of the wrong shape")
     return FileInfo(
         kind=_kind(kind),
         size=_number(size, 0, U64),
@@ -158,8 +169,8 @@ def parse_info(answer: object) -> FileInfo:
         ctime_ns=_number(ctime, -I64 - 1, I64),
         nlink=_number(nlink, 0, U32),
         target=_text(target, names.MAX_PATH)[0],
-        xattrs=[_text(name, names.MAX_NAME)[0] for name in xattrs],
-        streams=[_stream(name) for name in streams],
+        xattrs=_names(xattrs, lambda name: _text(name, names.MAX_NAME)[0], MAX_XATTRS),
+        streams=_names(streams, _stream, MAX_STREAM_NAMES),
         unreadable=_sentence(unreadable),
         time_clamped=_truth(clamped),
     )

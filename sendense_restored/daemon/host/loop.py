@@ -93,6 +93,8 @@ class LoopDevice:
                     if not stat.S_ISBLK(os.fstat(device).st_mode):
                         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), f"/dev/loop{number}")
                     fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+                    if writable:  # the flag outlives its device: who was killed in the midst of a mount leaves it set
+                        fcntl.ioctl(device, _BLKROSET, struct.pack("i", 0))
                 except OSError as error:
                     os.close(device)
                     if error.errno != errno.EBUSY:

@@ -257,6 +257,11 @@ class ApplianceRoot(Manager):
             except errors.BackupNotFound:
                 # Who may not mount does not learn either which backups there are.
                 details = {"backup_id": arguments["backup_id"]}
+            except errors.CatalogUnavailable:
+                # Nor what is wrong with the catalogue. Who may mount is told, and no more: rules that decide by the
+                # machine's name have not been asked about it.
+                await self._parts.authority.check(call, action, {"backup_id": arguments["backup_id"]})
+                raise
             await check_behalf(self._parts.authority, call, arguments, details)
         await self._parts.authority.check(call, action, details)
 
