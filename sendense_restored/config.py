@@ -245,7 +245,12 @@ def _size(name: str, value: object) -> int:
 
 
 def _limit(name: str, value: object) -> int | None:
-    return None if value == "unlimited" else _size(name, value)
+    if value == "unlimited":
+        return None
+    try:
+        return _size(name, value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or 'unlimited'") from None
 
 
 def _count(low: int, high: int) -> Callable[[str, object], int]:

@@ -167,7 +167,7 @@ class Timeout(RestoreError):
 
 
 class CatalogUnavailable(RestoreError):
-    """The catalogue of backups cannot be read."""
+    """A database cannot be used: that of the backups, or that of our own records."""
 
     http_status, exit_code = 503, 15
 

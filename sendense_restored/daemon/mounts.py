@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 # What a backup's row may say when its files are complete.
 _COMPLETE = "completed"
 
+_UNMOUNTED_MEANWHILE = "the mount was unmounted while it was being made; mount the backup again if it is still wanted"
+
 FAILED_STAYS = 600.0
 """Seconds that the object of a failed mount stays to tell why."""
 _MOST_FAILED = 32
@@ -175,10 +177,14 @@ class Mounts:
                 if not mount.building.cancelled():
                     raise  # the caller gave up
                 self._check_running()
-                raise errors.Cancelled("the mount was unmounted while it was being made") from None
+                raise errors.Cancelled(
+                    "the mount was unmounted while it was being made; mount the backup again if it is still wanted"
+                ) from None
         if holder not in mount.lease.claims or mount.id not in self._mounts:
             self._check_running()
-            raise errors.Cancelled("the mount was unmounted while it was being made")
+            raise errors.Cancelled(
+                "the mount was unmounted while it was being made; mount the backup again if it is still wanted"
+            )
         self.ledger.record("claimed", mount, actor=actor, detail=f"for {idle_timeout:.0f} s without use")
 
     def _check_running(self) -> None:

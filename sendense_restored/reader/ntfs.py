@@ -69,7 +69,7 @@ _CONTAINER = f"a layer of a Windows container; {_ELSEWHERE}"
 _PROJECTED = f"made up by a program of the guest when it is read (ProjFS), and not on the disk; {_ELSEWHERE}"
 _DFS = f"an entry of Windows' distributed file system (DFS), and not on this disk; {_ELSEWHERE}"
 _DAMAGED = "damaged, or its storage failed; try an older backup"
-_LEADS_AWAY = "a link of Windows that leads to another disk or to nothing"
+_LEADS_AWAY = "a link of Windows that leads to another disk or to nothing; look at that disk, if it was backed up"
 
 # winnt.h and [MS-FSCC] 2.1.2.1, IO_REPARSE_TAG_*
 _CLOUD_TAG, _CLOUD_MASK = 0x9000001A, 0xFFFF0FFF  # the service that keeps it has a number from 0 to 15
