@@ -161,7 +161,7 @@ async def test_a_hung_server_does_not_stop_the_daemon_from_starting_programs(att
     device = await attachment.slice(0, SIZE, writable=True)
     assert attachment._server is not None
     os.kill(attachment._server.pid, signal.SIGSTOP)
-    began = asyncio.create_task(Tools.find(TOOLS).run(Jail(65534), "mkdir", "--version", seconds=20))
+    began = asyncio.create_task(Tools.find(TOOLS).run(Jail(65534), "qemu-img", "--version", seconds=20))
     assert (await began).returncode == 0
     os.kill(attachment._server.pid, signal.SIGCONT)
     await device.close()
@@ -209,7 +209,7 @@ async def test_the_server_holds_no_mount_of_the_daemon_and_its_export_is_nowhere
     assert attachment._server is not None
     theirs = Path(f"/proc/{attachment._server.pid}/mountinfo").read_text(encoding="utf-8")
     ours = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
-    export = f" {workplace.path}/disk-0 "
+    export = f" {workplace.path}-disk-0 "
     assert export in theirs
     assert export not in ours
     assert f" {workplace.path} " in ours

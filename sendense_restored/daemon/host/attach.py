@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 from sendense_restored import errors
 
 from . import image as images
+from . import mountinfo
 from .loop import LoopDevice
 from .process import Jail, ToolError, internal
 from .workplace import Workplace
@@ -55,10 +56,8 @@ REQUIRED_TOOLS: Final = {
     "qemu-img": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common on Debian 12, qemu-utils on 13",
     "sh": "dash",
-    "mountpoint": "util-linux",
     "mount": "mount",
     "umount": "mount",
-    "mkdir": "coreutils",
 }
 
 _FULL = ("No space left", "File too large", "Disk quota exceeded", "image size is too large")
@@ -73,17 +72,19 @@ _OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
 _OVERLAY_OPTIONS_ON_DISK = "extended_l2=on,cluster_size=16k"
 
 # Run by the server's process before it becomes QEMU: lets go of the daemon's mounts, whose copies came with the new
-# namespace ($1 and $2 are where they lie), and makes the file $1/$3/$4 that the export is mounted on. SIGXFSZ is
-# ignored so that a full overlay on a disk is an error (EFBIG) to QEMU and not its end.
+# namespace (their places stand from $3 on, up to a dash), and makes the file $2 in $1 that the export is mounted on.
+# SIGXFSZ is ignored so that a full overlay on a disk is an error (EFBIG) to QEMU and not its end.
 _PREPARE = """
 trap '' XFSZ
-for place in "$1" "$2"; do
-    if mountpoint --quiet "$place"; then umount -i -n --lazy "$place"; fi
+place=$1 file=$2
+shift 2
+while [ "$1" != - ]; do
+    umount -i -n --lazy "$1"
+    shift
 done
-mount -i -n -t tmpfs -o nosuid,nodev,noexec,size=64k,mode=0700 sendense "$1"
-mkdir "$1/$3"
-: > "$1/$3/$4"
-shift 4
+shift
+mount -i -n -t tmpfs -o nosuid,nodev,noexec,size=64k,mode=0700 sendense "$place"
+: > "$place/$file"
 exec "$@"
 """
 
@@ -149,7 +150,8 @@ class FuseAttachment:
 
     async def _open(self, image: Image, workplace: Workplace, index: int) -> None:
         self.size = image.virtual_size
-        export = workplace.path / f"disk-{index}"
+        # In the server's own namespace, where nothing else is; the name tells people whose it is.
+        export = workplace.path.parent / f"{workplace.path.name}-disk-{index}"
         overlay = await self._make_overlay(workplace, index)
         try:
             node: dict[str, object] = {
@@ -202,7 +204,8 @@ class FuseAttachment:
         with ours:
             with theirs:
                 number = theirs.fileno()
-                place = export.parent
+                places = (export.parent, self._config.mounts.directory)
+                there = [str(place) for place in places if mountinfo.mounted_on(place) is not None]
                 self._server = await self._tools.spawn(
                     Jail(
                         uid=0,
@@ -214,8 +217,8 @@ class FuseAttachment:
                         file_size=overlay_limit,
                     ),
                     "sh",
-                    *("-euc", _PREPARE, "sh", str(place.parent), str(self._config.mounts.directory)),
-                    *(place.name, export.name, self._tools.paths["qemu-storage-daemon"]),
+                    *("-euc", _PREPARE, "sh", str(export.parent), export.name, *there, "-"),
+                    self._tools.paths["qemu-storage-daemon"],
                     *("--blockdev", json.dumps(node)),
                     *(
                         "--export",

@@ -115,6 +115,14 @@ class _Mounting:
         if self.journal == "as-crashed" or self.device.read_only:
             await self._mount(*self.policy.unreplayed)
             return self._mounted("as-crashed")
+        if self.policy.always_writes and await self._mounts_read_only():
+            return self._mounted("clean")
+        before = self.device.sectors_written()
+        await self._mount()
+        return self._mounted("replayed" if self.device.sectors_written() != before else "clean")
+
+    async def _mounts_read_only(self) -> bool:
+        """Whether it has mounted on a device that refuses writes, which no file system does that has to replay."""
         self._set_read_only(refuse=True)
         try:
             await self._mount()
@@ -122,13 +130,10 @@ class _Mounting:
             if not refusal.retry_as_crashed:
                 raise
             log.debug("%s has a journal to replay, or is damaged: %s", self.volume.name, refusal.__cause__)
-        else:
-            return self._mounted("clean")
+            return False
         finally:
             self._set_read_only(refuse=False)
-        before = self.device.sectors_written()
-        await self._mount()
-        return self._mounted("replayed" if self.device.sectors_written() != before else "clean")
+        return True
 
     def _set_read_only(self, *, refuse: bool) -> None:
         try:

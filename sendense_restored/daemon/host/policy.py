@@ -30,6 +30,8 @@ class Policy:
     options: tuple[str, ...] = ()
     unreplayed: tuple[str, ...] | None = None
     """Options that leave a journal alone; None if the file system has none."""
+    always_writes: bool = False
+    """Whether its driver writes to a device that it could replay a journal on, though there is none to replay."""
 
 
 # Without nosymfollow: the reader resolves symlinks itself, inside the volume, which that flag would forbid.
@@ -43,7 +45,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "ext3": _EXT4,
     "ext4": _EXT4,
     # Two backups of one machine have the same UUID.
-    "xfs": Policy("xfs", ("nouuid",), unreplayed=("norecovery",)),
+    "xfs": Policy("xfs", ("nouuid",), unreplayed=("norecovery",), always_writes=True),
     # The top level, whatever the default subvolume is: all subvolumes are directories below it.
     "btrfs": Policy("btrfs", ("subvolid=5",), unreplayed=("rescue=nologreplay",)),
     "vfat": Policy("vfat", ("utf8=1", "shortname=mixed")),
