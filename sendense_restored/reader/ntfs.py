@@ -264,7 +264,10 @@ class Ntfs:
             raise
 
     def is_stream_of(self, status: os.stat_result, owner: os.stat_result) -> bool:
-        """Whether both are of one file, or directory."""
+        """Whether both are of one file, or directory: ntfs-3g gives a stream its owner's number.
+
+        A test's file system, which has no streams of its own, puts another answer here.
+        """
         return os.path.samestat(status, owner)
 
     def _attribute(self, descriptor: int, name: str) -> bytes:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored.cli.main import run
+from sendense_restored.client import Client
 from sendense_restored.daemon.bus import Bus, Call, Reply
 from tests.bus.command_line import Outcome
 from tests.bus.fake import FakeService
 from tests.bus.peer import Peer
+from tests.bus.served import ANNA, BERT
 from tools.lab import mariadb as lab_mariadb
 from tools.lab.bus import PrivateBus, message_bus
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from tests.bus.command_line import CommandLine
+    from tests.bus.served import Served, User
 
 # A system bus (its limits on sizes, descriptors and pending replies are the built-in defaults), except that everybody
 # may send everything, even answers that nobody asked for: what protects the daemon here is the daemon.
@@ -158,3 +161,29 @@ def a_server(installed: Path) -> Iterator[lab_mariadb.Server]:
         shutil.copytree(installed, Path(name) / "data")
         with lab_mariadb.Server(Path(name)) as server:
             yield server
+
+
+# The real service, which a test module names ``service``, and those who use it.
+
+
+@pytest.fixture
+async def anna(service: Served) -> User:
+    return await service.user(ANNA)
+
+
+@pytest.fixture
+async def bert(service: Served) -> User:
+    return await service.user(BERT)
+
+
+@pytest.fixture
+async def client(service: Served) -> AsyncIterator[Client]:
+    """The real client; of Anna."""
+    async with await Client.connect(service.address) as client:
+        yield client
+
+
+@pytest.fixture
+async def mount(client: Client) -> str:
+    """The id of a mount on which Anna has the only claim."""
+    return await client.mount("b1")

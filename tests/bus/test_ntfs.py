@@ -35,13 +35,6 @@ async def service(bus_address: str, tmp_path: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def client(service: Served) -> AsyncIterator[Client]:
-    """Of Anna."""
-    async with await Client.connect(service.address) as client:
-        yield client
-
-
-@pytest.fixture
 async def mount(client: Client) -> str:
     return await client.mount("b1", all_disks=True)
 

@@ -38,29 +38,6 @@ async def service(bus_address: str, tmp_path: Path) -> AsyncIterator[Served]:
         yield service
 
 
-@pytest.fixture
-async def anna(service: Served) -> User:
-    return await service.user(ANNA)
-
-
-@pytest.fixture
-async def bert(service: Served) -> User:
-    return await service.user(BERT)
-
-
-@pytest.fixture
-async def client(service: Served) -> AsyncIterator[Client]:
-    """The real client; of Anna."""
-    async with await Client.connect(service.address) as client:
-        yield client
-
-
-@pytest.fixture
-async def mount(client: Client) -> str:
-    """The id of a mount on which Anna has the only claim."""
-    return await client.mount("b1")
-
-
 # --- who may do what ------------------------------------------------------------------------------------------------
 
 

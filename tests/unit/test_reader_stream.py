@@ -36,20 +36,6 @@ Line = dict[str, Any]
 ALL = Filters(recursive=True)
 
 
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    return volume
-
-
-@pytest.fixture
-def root(volume: Path) -> Iterator[int]:
-    descriptor = os.open(volume, os.O_PATH)
-    yield descriptor
-    os.close(descriptor)
-
-
 @contextmanager
 def a_pipe(*, stall: float = LONG) -> Iterator[tuple[int, Outlet]]:
     """A pipe: the end to read, which the test may close, and the outlet."""

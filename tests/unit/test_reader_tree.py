@@ -14,28 +14,12 @@ from sendense_restored.reader import pages, tree
 from sendense_restored.reader.protocol import I64
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from sendense_restored.reader.protocol import Listing
 
 NANOSECONDS = 1_000_000_000
 OPENS_NOTHING = os.O_PATH
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[int]:
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    descriptor = os.open(volume, os.O_PATH)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
-def volume(tmp_path: Path, root: int) -> Path:
-    assert root >= 0
-    return tmp_path / "volume"
 
 
 def proceed() -> None:
