@@ -6,7 +6,8 @@ the other: the number of attempts is written down *before* each, and if an image
 alone is blamed. After two attempts it has failed. A stop in good order sets the number back.
 
 What a wish means stands in the catalogue. As long as that cannot be read, a wish stays what it is, and the sweep asks
-for it again.
+for it again. Nothing else is ever made of a row: one that was not there at the start is nobody's wish, who could have
+asked for it, and was allowed to, over the bus.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .session import Session, State
 from .store import MountStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     from .events import Events
     from .host.clock import Clock
@@ -60,12 +61,13 @@ class Resume:
         self._mounts.ended.load(await self._store.ended_mounts(datetime.fromtimestamp(from_now - REMEMBERED, UTC)))
         return await self._consider_all(await self._store.wished())
 
-    async def missing(self, ids: Collection[str]) -> None:
-        """Take in those of these rows that are wished for: the catalogue could not be read when it was tried.
+    async def missing(self) -> None:
+        """Take in what ``load`` has found and could not tell: the catalogue could not be read when it was tried.
 
         Raises CatalogUnavailable.
         """
-        await self._consider_all([each for each in await self._store.wished() if each[0].id in ids])
+        if waiting := self._mounts.ended.waiting - {mount.id for mount in self._mounts}:
+            await self._consider_all([each for each in await self._store.wished() if each[0].id in waiting])
 
     async def _consider_all(self, wished: Sequence[tuple[MountRow, Sequence[ClaimRow]]]) -> int:
         """Take in what is wished for; how many. What cannot be told yet is ``waiting``."""

@@ -101,10 +101,10 @@ class Sweep:
             for mount in mounts:
                 if not await self._look_at(mount, rows.get(mount.id), known=mount.session.wish.backup.id in there):
                     ended += 1
-            lost = {row_id for row_id in rows.keys() - self._ids() if not self._mounts.ended.knows(row_id)}
-            await self._resume.missing(lost)
-            for row_id in rows.keys() - self._ids() - lost:
-                log.info("forgetting the row of %s, which has ended", row_id)
+            waiting = self._mounts.ended.waiting
+            await self._resume.missing()
+            for row_id in rows.keys() - self._ids() - waiting:
+                log.info("forgetting the row of %s, which is no mount", row_id)
                 await self._store.delete_mount(row_id)
             # In one go with asking who lives: no mount can begin in between.
             for sentence in self._machine.sweep(self._ids()):

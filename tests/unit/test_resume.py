@@ -336,6 +336,54 @@ async def test_a_row_that_is_no_mount_is_deleted(house: House, tmp_path: Path) -
     assert house.simulator.swept == [{mount.id}]
 
 
+async def test_a_row_with_a_claim_that_somebody_wrote_is_deleted_and_not_mounted(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write the table may not mount by that: nobody has asked polkit."""
+    mount = await house.mount(idle_timeout=7200)
+    await end(house, "crashed")
+    with monkeypatch.context() as patch:  # one waits, which is another matter
+        house.fail(patch, "backup")
+        await house.resume.load()
+    sql(
+        tmp_path,
+        "INSERT INTO restore_mounts SELECT 'x', 'b2', NULL, NULL, mount_path, nbd_device, filesystem_type,"
+        " mount_mode, 'mounted', '', created_at, last_accessed_at, expires_at, journal, 0, options"
+        " FROM restore_mounts",
+    )
+    sql(
+        tmp_path,
+        "INSERT INTO restore_claims SELECT 'x', uid, on_behalf_of, since, expires_at, idle_timeout"
+        " FROM restore_claims",
+    )
+    await house.sweep.run()
+    assert set(await house.rows()) == {mount.id}
+    assert [each.id for each in house.mounts] == [mount.id]
+    await built(house, house.mounts.get(mount.id))
+
+
+async def test_an_own_database_that_is_locked_in_the_midst_ends_no_wish(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await house.mount(idle_timeout=7200), await house.mount(backup="b2", idle_timeout=7200)
+    await house.mount(BERT, backup="b2", idle_timeout=60)
+    await end(house, "crashed")
+    with monkeypatch.context() as patch:
+        house.fail(patch, "backup")
+        assert await house.resume.load() == 0
+    house.clock.advance(60)
+    with monkeypatch.context() as patch:
+        house.fail(patch, "delete_claim")
+        with pytest.raises(errors.CatalogUnavailable):
+            await house.sweep.run()
+    await house.sweep.run()
+    for mount in (first, second):
+        again = house.mounts.get(mount.id)
+        await built(house, again)
+        assert await serves(again)
+    assert set(await house.rows()) == {first.id, second.id}
+
+
 async def test_a_state_that_somebody_changed_is_set_right(house: House, tmp_path: Path) -> None:
     mount = await house.mount()
     sql(tmp_path, "UPDATE restore_mounts SET status = 'failed'")
