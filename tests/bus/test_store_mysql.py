@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import threading
@@ -381,7 +382,11 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("after", range(12))
+# The marker table; and for each step its row, what it does, and that it is done.
+STATEMENTS = 1 + sum(2 + len(migration.statements) for migration in MIGRATIONS)
+
+
+@pytest.mark.parametrize("after", range(STATEMENTS))
 def test_a_crash_between_two_statements_is_gone_on_from(
     mariadb: Server, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,10 +402,12 @@ def test_a_crash_between_two_statements_is_gone_on_from(
                 left[0] -= 1
             return execute(self, sql, *more)
 
-        with monkeypatch.context() as patch, contextlib.suppress(Crash):
+        with monkeypatch.context() as patch:
             patch.setattr(peewee.MySQLDatabase, "execute_sql", crashing)
+            with pytest.raises(Crash):
+                in_thread(mariadb, crashed, migrate)
+            left[0] = STATEMENTS
             in_thread(mariadb, crashed, migrate)
-        in_thread(mariadb, crashed, migrate)
         in_thread(mariadb, crashed, migrate)
         with hand_of(mariadb, crashed) as one, hand_of(mariadb, straight) as other:
             assert shape(one, crashed) == shape(other, straight)
@@ -423,14 +430,68 @@ def test_a_table_of_others_in_the_way_of_a_step_is_not_taken_over(mariadb: Serve
             in_thread(mariadb, name, migrate)
 
 
-async def test_daemons_that_start_at_once_migrate_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+async def test_of_services_that_start_at_once_one_has_the_database(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    stores = await asyncio.gather(*(place.open() for _ in range(4)))
-    for number, store in enumerate(stores):
-        await store.add_events([event(number)])
-    assert [len((await store.events())[0]) for store in stores] == [4] * 4
-    await asyncio.gather(*(store.close() for store in stores))
-    assert caplog.text.count("migrated the database to version") == len(MIGRATIONS)
+    opened = await asyncio.gather(*(place.open(busy_timeout=1) for _ in range(4)), return_exceptions=True)
+    (store,) = (each for each in opened if isinstance(each, Store))
+    for other in opened:
+        if other is not store:
+            assert type(other) is StoreUnreachableError
+            assert "another service uses this database" in str(other)
+            assert "try again" not in str(other)
+    await store.add_events([event(1)])
+    with place_on(place.server) as elsewhere:  # another database of the same server
+        async with await elsewhere.open():
+            pass
+    await store.close()
+    async with await place.open() as store:
+        assert len((await store.events())[0]) == 1
+    assert caplog.text.count(f"migrated the database to version {len(MIGRATIONS)}") == 2
+
+
+async def test_one_that_comes_back_finds_that_another_has_taken_its_database(place: Place) -> None:
+    async with await place.open(busy_timeout=1) as store:
+        (connection,) = connections(place)
+        taken = hand_of(place.server, place.records)
+        with taken as other:
+            place.server.execute(f"KILL {connection}")
+            (lock,) = other.execute(
+                "SELECT GET_LOCK(?, 5)", f"sendense-restore {hashlib.sha256(place.records.encode()).hexdigest()[:32]}"
+            )
+            assert lock == (1,)
+            for call in (store.mount_rows(), store.add_events([event(1)])):
+                with pytest.raises(errors.CatalogUnavailable, match="another service has taken the service's own"):
+                    await call
+            assert await store.backups() == ([], "")  # which is another database
+        await store.add_events([event(1)])
+        assert len((await store.events())[0]) == 1
+
+
+async def test_a_connection_of_ours_whose_end_was_not_seen_is_no_other_service(place: Place) -> None:
+    engine = engine_of(place, 1)
+    database = await Database.open(engine)
+    before = connections(place)
+    kept = []
+
+    def lose_sight() -> None:
+        kept.append(engine.database.connection())
+        engine.database._state.reset()  # as if the network had gone: nobody says good-bye
+
+    await database.change(lose_sight)
+    assert await database.read(lambda: RestoreMount.select().count()) == 0
+    after = connections(place)
+    assert len(before) == len(after) == 1
+    assert before != after
+    await database.close()
+    kept[0]._force_close()
+
+
+def connections(place: Place) -> list[int]:
+    """Those that have our own database."""
+    query = "SELECT id FROM information_schema.processlist WHERE db = %s"
+    return [number for (number,) in place.server.execute(query, place.records)]
 
 
 # A server that goes
@@ -591,14 +652,19 @@ async def test_what_undid_a_transaction_is_tried_once_more(place: Place) -> None
     await database.close()
 
 
-async def test_a_lock_of_others_is_waited_for_within_bounds(place: Place) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "complaint"),
+    [(1, "is locked by another program; try again"), (SOON, "does not answer; try again when its server runs")],
+)
+async def test_a_lock_of_others_is_waited_for_within_bounds(place: Place, seconds: float, complaint: str) -> None:
+    """The server counts the wait for a lock in whole seconds; who waits for less has given the answer up before."""
     place.appliance.add("b1")
-    async with await place.open(busy_timeout=SOON) as store:
+    async with await place.open(busy_timeout=seconds) as store:
         await store.insert_mount(mount())
         with hand_of(place.server, place.records) as ours:
             ours.execute("START TRANSACTION")
             ours.execute("UPDATE restore_mounts SET resume_attempts = 5")
-            with pytest.raises(errors.CatalogUnavailable, match=r"locked by another program|does not answer"):
+            with pytest.raises(errors.CatalogUnavailable, match=complaint):
                 await store.update_mount("m1", resume_attempts=1)
             assert [row.resume_attempts for row in await store.mount_rows()] == [0]
             ours.execute("ROLLBACK")
@@ -689,6 +755,53 @@ async def test_a_port_where_something_else_or_nobody_listens_is_said(place: Plac
         await Store.open(place.catalog_url)
 
 
+class AsksForAPassword:
+    """A server of MySQL 8, as far as its question for the password, which has to be encrypted by us over TCP."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        capabilities = 0x0008_A208.to_bytes(4, "little")
+        greeting = b"\x0a8.0.36\0" + bytes(4) + b"saltsalt\0" + capabilities[:2] + b"\xff\2\0" + capabilities[2:]
+        greeting += b"\x15" + bytes(10) + b"saltsaltsalt\0" + b"caching_sha2_password\0"
+        await self._tell(writer, 0, greeting)
+        await self._hear(reader)
+        await self._tell(writer, 2, b"\1\4")  # it does not know the password yet, and wants all of it
+        await self._hear(reader)
+        await self._tell(writer, 4, b"\1-----BEGIN PUBLIC KEY-----")
+        assert await reader.read() == b""
+        self.open -= 1
+
+    async def _tell(self, writer: asyncio.StreamWriter, number: int, packet: bytes) -> None:
+        writer.write(len(packet).to_bytes(3, "little") + bytes([number]) + packet)
+        await writer.drain()
+
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
+        head = await reader.readexactly(4)
+        await reader.readexactly(int.from_bytes(head[:3], "little"))
+
+
+async def test_a_password_that_cannot_be_said_is_told_with_what_to_install(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pymysql._auth._have_cryptography", False)
+    server = AsksForAPassword()
+    async with listening(server) as port:
+        url = f"mysql://somebody:secret@127.0.0.1:{port}/appliance"
+        with pytest.raises(StoreError, match="install python3-cryptography or use the server's socket") as caught:
+            await Store.open(url)
+        assert type(caught.value) is StoreError  # another start would find the same
+        place.catalog_url = url
+        async with await place.open() as store:
+            with pytest.raises(errors.CatalogUnavailable, match="journal has the details"):
+                await store.backups()
+    assert server.open == 0  # all have been closed by us
+    assert "install python3-cryptography" in caplog.text
+    assert "secret" not in caplog.text + str(caught.value)
+
+
 # Texts and times of ours
 
 
@@ -719,9 +832,6 @@ async def test_times_keep_their_microseconds(store: Store, place: Place) -> None
 
 
 async def test_names_and_ids_differ_by_case_and_blanks(store: Store, place: Place) -> None:
-    place.appliance.execute("ALTER TABLE backup_jobs MODIFY id VARCHAR(64) COLLATE utf8mb4_nopad_bin NOT NULL") if (
-        place.references() == []
-    ) else None
     for number, name in enumerate(["web", "WEB", "Web", "web ", "wéb"]):
         place.appliance.add(f"b{number}", vm_name=name)
     assert [vm.vm_name for vm in (await store.vms())[0]] == ["WEB", "Web", "web", "web ", "wéb"]

@@ -3,7 +3,7 @@
 DDL cannot be undone there, so a step that is taken leaves a trace of its beginning: its row in the marker table is
 written before its first statement, and gets its time after the last. If a process ends in between, the next start
 takes the step again, and what is there already is then known to be ours. Nobody else takes a step meanwhile
-(``Server.prepare``).
+(``mysql.py``).
 
 Names and ids are compared byte by byte. The collation that does so and does not take "a" and "a " for the same has
 another name with each maker; ``COLLATION`` in a statement stands for it.

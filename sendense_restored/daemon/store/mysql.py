@@ -3,6 +3,9 @@
 A server may be away, restart, hang, or end an idle connection. Whoever waits for it waits for seconds: connecting,
 each answer, and each lock have a limit, and a unit of work that has waited too long for its turn is not begun.
 
+A database of our own has one service: each would take the other's rows for mounts that are gone. So the connection to
+it holds a lock of the server's, from before the tables are looked at until it ends, and nothing is done without it.
+
 The session says what the server's configuration could say otherwise: UTC, a strict mode, text in utf8mb4, the
 isolation of each transaction. Writers are READ COMMITTED, so that they hold no more locks than they need; what only
 reads is READ ONLY, which the server itself sees to, and sees one snapshot.
@@ -14,6 +17,7 @@ import contextlib
 import hashlib
 import math
 import socket
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -21,9 +25,11 @@ from pymysql.connections import Connection
 from pymysql.constants import CLIENT
 from pymysql.err import MySQLError, OperationalError
 
+from sendense_restored.errors import CatalogUnavailable
+
 from .engine import Trouble
 from .migrations_mysql import migrate
-from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNREACHABLE, code_of, said
+from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNPROVEN, UNREACHABLE, code_of, said
 from .records import StoreError, StoreUnreachableError
 
 if TYPE_CHECKING:
@@ -32,16 +38,18 @@ if TYPE_CHECKING:
 _MODE = "STRICT_TRANS_TABLES,STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,ERROR_FOR_DIVISION_BY_ZERO"
 _MIGRATING = 600.0
 """Seconds for one step of a migration."""
-_OTHERS_MIGRATING = 60.0
-"""Seconds for all that another process may be at."""
 
 
 class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type information
-    """The driver's connection with two of its faults mended."""
+    """The driver's connection with some of its faults mended."""
 
     def connect(self, sock: socket.socket | None = None) -> None:
         """Connect. Newer versions of the driver lose sight of a socket that finds nobody, so it is made here."""
-        super().connect(sock or self._socket())
+        try:
+            super().connect(sock or self._socket())
+        except RuntimeError as error:  # a library is missing that the server's way of asking for a password needs
+            hint = "; install python3-cryptography or use the server's socket" if "cryptography" in str(error) else ""
+            raise OperationalError(UNPROVEN, f"no way to say the password: {error}{hint}") from None
 
     def _socket(self) -> socket.socket:
         with contextlib.ExitStack() as undo:
@@ -62,6 +70,10 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
             undo.pop_all()
         return made
 
+    def answer_within(self, seconds: float) -> None:
+        """Wait so long for each answer from now on."""
+        self._read_timeout = seconds
+
     def query(self, sql: str | bytes, unbuffered: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  # the driver's
         """Send a statement. Raises UnicodeEncodeError for half a surrogate pair, which the driver would send."""
         return super().query(sql.encode() if isinstance(sql, str) else sql, unbuffered)
@@ -76,11 +88,12 @@ class _Database(peewee.MySQLDatabase):  # type: ignore[misc]  # peewee 3 has no 
         super().__init__(url.name)
         self._url, self._timeout = url, timeout
         self.answer_timeout = 2 * timeout
-        """Seconds, for connections made from now on; longer than a lock is waited for."""
+        """Seconds; longer than a lock is waited for, which is a second at least, if ``timeout`` is half of that."""
+        self.lock_timeout = max(1, math.floor(timeout))
+        """Seconds, which the server counts in whole ones."""
 
     def _connect(self) -> Any:  # noqa: ANN401  # peewee's own signature
-        url = self._url
-        lock = max(1, math.floor(self._timeout))
+        url, lock = self._url, self.lock_timeout
         return _Connection(
             user=url.user,
             password=url.password.encode(),
@@ -130,11 +143,43 @@ class Server:
         self.name = str(url)
         self.database = _Database(url, timeout)
         self.patience = 2 * timeout
-        self._schema = url.name
+        self._lock = f"sendense-restore {hashlib.sha256(url.name.encode()).hexdigest()[:32]}"
+        """Its name, which is short, and one for all databases of the server."""
+        self._mark = f"sendense-restore {uuid.uuid4().hex}"
+        """The name of another one, which tells a connection of ours from those of other services."""
+        self._ours = False
 
     def connect(self) -> bool:
         """See ``engine.Engine``."""
-        return bool(self.database.connect(reuse_if_open=True))
+        new = bool(self.database.connect(reuse_if_open=True))
+        if new and self._ours:
+            try:
+                alone = self._is_the_only_one()
+            except BaseException:
+                self.disconnect()
+                raise
+            if not alone:
+                self.disconnect()
+                raise CatalogUnavailable(
+                    "another service has taken the service's own database; stop it, or give each one of its own"
+                )
+        return new
+
+    def _is_the_only_one(self) -> bool:
+        if self._ask("SELECT GET_LOCK(%s, 0)", self._lock) != 1:
+            # A connection of ours whose end the server has not seen has it: one that we have waited for in vain, or,
+            # for hours, one of a network that went away.
+            holder = self._ask("SELECT IS_USED_LOCK(%s)", self._lock)
+            if holder is not None and holder == self._ask("SELECT IS_USED_LOCK(%s)", self._mark):
+                with contextlib.suppress(peewee.OperationalError):  # it has ended just now
+                    self.database.execute_sql(f"KILL {holder}")
+            if self._ask("SELECT GET_LOCK(%s, %s)", self._lock, self.database.lock_timeout) != 1:
+                return False
+        self._ask("SELECT GET_LOCK(%s, 0)", self._mark)
+        return True
+
+    def _ask(self, query: str, *parameters: object) -> Any:  # noqa: ANN401  # what the server answers
+        return self.database.execute_sql(query, parameters).fetchone()[0]
 
     def disconnect(self) -> None:
         """See ``engine.Engine``."""
@@ -145,22 +190,18 @@ class Server:
 
     def prepare(self) -> None:
         """See ``engine.Engine``."""
-        self.connect()
-        self.disconnect()
-        # What changes a table of some size takes longer than any answer may take later.
-        usual, self.database.answer_timeout = self.database.answer_timeout, _MIGRATING
+        self._ours = True
         try:
             self.connect()
-            # Released by the server with the connection, however that ends.
-            (alone,) = self.database.execute_sql(
-                "SELECT GET_LOCK(%s, %s)", (_lock_of(self._schema), _OTHERS_MIGRATING)
-            ).fetchone()
-            if alone != 1:
-                raise StoreUnreachableError("another process is changing the tables; try again when it is done")
-            migrate(self.database)
-        finally:
-            self.disconnect()
-            self.database.answer_timeout = usual
+        except CatalogUnavailable:
+            raise StoreUnreachableError(
+                "another service uses this database; stop it, or set database.url to a database of this one's own"
+            ) from None
+        # What changes a table of some size takes longer than any answer may take later.
+        connection = self.database.connection()
+        connection.answer_within(_MIGRATING)
+        migrate(self.database)
+        connection.answer_within(self.database.answer_timeout)
 
     def trouble(self, error: BaseException) -> Trouble:
         """See ``engine.Engine``."""
@@ -196,8 +237,3 @@ class Server:
             return StoreUnreachableError(f"{self.name}: cannot be reached: {said(error)}")
         hint = "; docs/database.md says what has to be granted" if code in DENIED or code in MISSING else ""
         return StoreError(f"{self.name}: cannot be used: {said(error)}{hint}")
-
-
-def _lock_of(schema: str) -> str:
-    """The name of the lock for migrating a database: locks are the server's, and their names short."""
-    return f"sendense-restore {hashlib.sha256(schema.encode()).hexdigest()[:32]}"

@@ -18,9 +18,13 @@ MISSING = frozenset({1049, 1054, 1146, 1356})
 """There is no such database, table or column."""
 UNREACHABLE = 2003
 """No server answered."""
+UNPROVEN = 2059
+"""There is no way to prove to the server who we are."""
 DONE_ALREADY = frozenset({1050, 1060, 1061, 1091, 1826})
 """A table, a column, an index or a foreign key of that name is there already, or, to be dropped, is not."""
-LOST = frozenset({0, 1040, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, *range(2000, 2100)})
+LOST = frozenset({0, 1040, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, *range(2000, 2100)}) - {
+    UNPROVEN
+}
 """There is no connection (any more)."""
 
 
