@@ -956,6 +956,20 @@ async def test_a_time_that_is_none_is_left_out(place: Place) -> None:
             await store.backup("b2")
 
 
+async def test_the_zero_date_is_no_time_and_pages_go_on_from_it(store: Store, place: Place) -> None:
+    for number in range(4):
+        place.appliance.add(f"z{number}", created_at="0000-00-00 00:00:00")
+    place.appliance.add("dated")
+    place.appliance.add("timeless", created_at=None)
+    seen: list[tuple[str, datetime | None]] = []
+    cursor = ""
+    for _ in range(6):
+        page, cursor = await store.backups(limit=1, cursor=cursor)
+        seen += [(backup.id, backup.created_at) for backup in page]
+    assert seen == [("dated", NOON), *((each, None) for each in ("z3", "z2", "z1", "z0", "timeless"))]
+    assert cursor == ""
+
+
 async def test_what_the_appliance_calls_its_machines(store: Store, place: Place) -> None:
     place.appliance.add_repository("other", "/srv/other")
     place.appliance.add("w1", repository_id="main")

@@ -25,7 +25,7 @@ from . import cursors
 from .engine import here
 from .models import BackupDiskRow, BackupJob, BackupRepository
 from .records import Backup, BackupDisk, Repository
-from .rows import Row, fetch, in_parts, meant, paged
+from .rows import NO_DATE, Row, fetch, in_parts, meant, paged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -269,7 +269,7 @@ def decode_cursor(cursor: str) -> Place:
     """The inverse of ``encode_cursor``. Raises InvalidOption for any text that did not come from it."""
     moment, separator, backup_id = cursors.decode(cursor, "backups").partition("|")
     try:
-        if moment:
+        if moment and not moment.startswith(NO_DATE):
             datetime.fromisoformat(moment)
     except ValueError:
         raise cursors.foreign("backups") from None

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 LARGEST = 2**63 - 1
 _KEYS_AT_ONCE = 500
-_NO_DATE = "0000-00-00"
+NO_DATE = "0000-00-00"
 """MySQL's other NULL."""
 _YES = {"1", "y", "yes", "t", "true", "on"}
 _NO = {"", "0", "n", "no", "f", "false", "off"}
@@ -98,7 +98,7 @@ class Row:
         """A time, or None for NULL."""
         value = self._values[column]
         if isinstance(value, str):
-            if value.startswith(_NO_DATE):
+            if value.startswith(NO_DATE):
                 return None
             with contextlib.suppress(ValueError):  # said below
                 value = datetime.fromisoformat(value)
