@@ -419,6 +419,15 @@ async def test_events_come_newest_first_in_the_order_of_writing(house: House) ->
     assert [one.uid for one in (await house.store.events())[0]] == [4, 3, 2, 1, 0, 11, 10]
 
 
+async def test_an_id_of_an_event_is_never_given_again(house: House) -> None:
+    await house.store.add_events([event(1), event(2)])
+    (last, *_), _ = await house.store.events()
+    assert await house.store.trim_events(0, NOON + timedelta(days=1)) == 2
+    await house.store.add_events([event(3)])
+    (new,), _ = await house.store.events()
+    assert new.id > last.id
+
+
 async def test_pages_of_events_stand_still_while_others_come(house: House) -> None:
     await house.store.add_events(
         [event(number, mount_id="even" if number % 2 == 0 else "odd") for number in range(1000)]

@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ import peewee
 import pytest
 
 from sendense_restored import errors
-from sendense_restored.daemon.store import ClaimRow, DiskFile, Store, StoreError
+from sendense_restored.daemon.store import ClaimRow, DiskFile, Event, Store, StoreError
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.migrations import MARKER, MIGRATIONS, Migration, migrate
 from sendense_restored.daemon.store.models import MODELS, BackupJob, bind_to_thread, to_stored
 from sendense_restored.daemon.store.sqlite import OwnFile, ReadOnlyFile
-from tests.records import NOON, mount
+from tests.records import NOON, event, mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,7 +158,7 @@ def shape(path: Path) -> dict[str, Any]:
                 ),
             }
             for table in tables
-            if table != MARKER
+            if table not in {MARKER, "sqlite_sequence"}  # the other one is SQLite's own
         }
 
 
@@ -239,10 +240,38 @@ async def test_the_rows_of_version_1_are_kept_and_its_claims_get_a_timeout(url: 
     assert versions(path) == [migration.version for migration in MIGRATIONS]
 
 
-def test_the_first_step_stays_as_it_was_released() -> None:
-    """Databases of version 1 hold what it made; a change of it would be a new step."""
-    digest = hashlib.sha256("\0".join(MIGRATIONS[0].statements).encode()).hexdigest()
-    assert digest == "934d3aa5aaa6ecfcaba2c4baeeebeee6a33583e27f00352b8f189cba4e5f4572"
+async def test_the_events_of_version_2_are_kept_with_their_ids(url: str, path: Path) -> None:
+    path.parent.mkdir()
+    migrate_file(path, *MIGRATIONS[:2])
+    for number in (3, 70):
+        execute(
+            path,
+            f"""INSERT INTO restore_events VALUES ({number}, '2025-03-01 12:00:00.000000', 'opened', 'ok', 7,
+                'a.service', 'alice', 'm1', 'b1', '/etc/{number}', 'x', NULL, {number})""",
+        )
+    async with await Store.open(url) as store:
+        events, _ = await store.events()
+        kept = Event(NOON, "opened", "ok", 7, "a.service", "alice", "m1", "b1", "/etc/70", "x", None, 70, 70)
+        assert events == [kept, replace(kept, path="/etc/3", size=3, id=3)]
+        assert [one.id for one in (await store.events(mount_id="m1"))[0]] == [70, 3]
+        await store.trim_events(0, NOON)
+        await store.add_events([event(1)])
+        assert [one.id for one in (await store.events())[0]] == [71]
+    assert versions(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("version", "digest"),
+    [
+        (1, "934d3aa5aaa6ecfcaba2c4baeeebeee6a33583e27f00352b8f189cba4e5f4572"),
+        (2, "4081fd649638850c62a43fd35bd7b5155eef11e8ad62028814db6438270629b3"),
+        (3, "feff78acfd368f98f43e52a70e2d50ae272d71edafbd2e6b79243c7fa6977ec9"),
+    ],
+)
+def test_a_step_stays_as_it_was_released(version: int, digest: str) -> None:
+    """Databases hold what it made; a change of it would be a new step."""
+    statements = MIGRATIONS[version - 1].statements
+    assert hashlib.sha256("\0".join(statements).encode()).hexdigest() == digest
 
 
 async def test_a_next_step_keeps_the_rows_and_is_applied_once(url: str, path: Path) -> None:

@@ -149,6 +149,36 @@ MIGRATIONS = (
             "ALTER TABLE restore_claims ADD COLUMN idle_timeout REAL NOT NULL DEFAULT 3600",
         ),
     ),
+    Migration(
+        3,
+        "ids of events that are given once",
+        (
+            # Without AUTOINCREMENT the ids begin again when all events were trimmed; it needs the table made anew.
+            "ALTER TABLE restore_events RENAME TO restore_events_before",
+            """CREATE TABLE restore_events (
+                id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+                at DATETIME NOT NULL,
+                what VARCHAR(32) NOT NULL,
+                outcome VARCHAR(64) NOT NULL,
+                uid BIGINT,
+                unit VARCHAR(255) NOT NULL,
+                on_behalf_of VARCHAR(255) NOT NULL,
+                mount_id VARCHAR(36) NOT NULL,
+                backup_id VARCHAR(64) NOT NULL,
+                path TEXT NOT NULL,
+                detail TEXT NOT NULL,
+                bytes BIGINT,
+                size BIGINT
+            )""",
+            """INSERT INTO restore_events
+                (id, at, what, outcome, uid, unit, on_behalf_of, mount_id, backup_id, path, detail, bytes, size)
+                SELECT id, at, what, outcome, uid, unit, on_behalf_of, mount_id, backup_id, path, detail, bytes, size
+                FROM restore_events_before""",
+            "DROP TABLE restore_events_before",
+            "CREATE INDEX restore_events_at ON restore_events (at)",
+            "CREATE INDEX restore_events_mount ON restore_events (mount_id)",
+        ),
+    ),
 )
 
 

@@ -203,7 +203,7 @@ class RestoreClaim(_Row):
 
 
 class RestoreEvent(_Row):
-    """What happened. Ids grow in the order of writing."""
+    """What happened. Ids grow in the order of writing, and none is given twice."""
 
     id = peewee.BigAutoField()
     at = MomentField(index=True)
