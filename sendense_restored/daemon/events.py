@@ -36,7 +36,8 @@ _TRIM_EVERY = 4096  # rows, so that nobody fills the disk between two sweeps
 MOST_QUEUED = 4096
 """Events that wait for the database."""
 _MOST_AT_ONCE = 512  # rows of one transaction; between two of them others get their turn at the database
-_MOST_TEXT = 16 << 10  # bytes of a path (the longest has 12 KiB in its text form) and of a detail
+MOST_TEXT = 16 << 10
+"""Bytes of a text: a path (the longest has 12 KiB in its text form), a detail, a mount's error."""
 _MOST_NUMBER = 2**63 - 1
 _LENGTHS = {"what": 32, "outcome": 64, "unit": 255, "on_behalf_of": 255, "mount_id": 36, "backup_id": 64}
 OK, LOST, REFUSED = "ok", "lost", "refused"
@@ -129,8 +130,8 @@ class Events:
             on_behalf_of=_short("on_behalf_of", actor.on_behalf_of),
             mount_id=_short("mount_id", mount_id),
             backup_id=_short("backup_id", backup_id),
-            path=_cut(path),
-            detail=_cut(names.displayable(_cut(detail))),
+            path=cut(path),
+            detail=cut(names.displayable(cut(detail))),
             bytes=_number(bytes),
             size=_number(size),
         )
@@ -249,11 +250,12 @@ def _short(column: str, text: str) -> str:
     return _clean(text[: _LENGTHS[column]])[: _LENGTHS[column]]
 
 
-def _cut(text: str) -> str:
-    encoded = _clean(text[:_MOST_TEXT]).encode()
-    if len(text) <= _MOST_TEXT and len(encoded) <= _MOST_TEXT:
+def cut(text: str) -> str:
+    """A text as every database takes it, without the end of one that is too long."""
+    encoded = _clean(text[:MOST_TEXT]).encode()
+    if len(text) <= MOST_TEXT and len(encoded) <= MOST_TEXT:
         return encoded.decode()
-    return encoded[: _MOST_TEXT - 3].decode(errors="ignore") + "…"
+    return encoded[: MOST_TEXT - 3].decode(errors="ignore") + "…"
 
 
 def _clean(text: str) -> str:

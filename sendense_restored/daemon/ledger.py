@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import errors
 
-from .events import OK, SERVICE
+from .events import OK, SERVICE, cut
 from .store import ClaimRow, MountRow, MountStatus
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Ledger:
 
     async def note(self, mount: Mount, **changes: Unpack[MountChanges]) -> None:
         """Write down what has changed of a mount."""
+        if "error_message" in changes:
+            changes["error_message"] = cut(changes["error_message"])  # it may quote a tool, or an image
         if mount.written:
             await _quietly(self._store.update_mount(mount.id, **changes), f"state of {mount.id}")
 

@@ -147,7 +147,7 @@ def test_a_text_that_is_too_long_is_cut_to_what_the_column_holds(text: str, more
         short = module._short(column, long)
         assert len(short) <= length
         short.encode()
-    cut = module._cut(long)
+    cut = module.cut(long)
     assert len(cut.encode()) <= 16384
     assert "\0" not in cut
 

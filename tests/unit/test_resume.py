@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored import config, errors
-from sendense_restored.daemon.events import Actor
+from sendense_restored.daemon.events import MOST_TEXT, Actor
 from sendense_restored.daemon.resume import PAUSE
 from sendense_restored.daemon.session import State
 from sendense_restored.daemon.store import MountStatus
@@ -172,6 +172,16 @@ async def test_one_after_the_other_each_attempt_written_down_before(house: House
     gate.open()
     for mount in mounts:
         await built(house, house.mounts.get(mount.id))
+
+
+async def test_an_error_of_any_length_is_written_down_as_every_database_takes_it(house: House) -> None:
+    mount = await house.mount()
+    await house.mounts.failed(mount, "é" * 70_000)
+    ((row, _),) = await house.store.wished()
+    assert row.error_message.startswith("ééé")
+    assert row.error_message.endswith("…")
+    assert len(row.error_message.encode()) <= MOST_TEXT
+    await house.unmount(mount)
 
 
 async def test_two_crashes_while_it_is_made_are_enough(house: House) -> None:
