@@ -65,7 +65,7 @@ class Attach:
     overlay_dir: Path | None = None
     """A directory on a disk that takes it instead, if memory is short."""
     server_uid: int = 60999
-    """The uid of image servers, and of tools that create images."""
+    """The uid of tools that create images (qemu-img)."""
     probe_uid: int = 60998
     """The uid of tools that read partition tables and superblocks."""
 

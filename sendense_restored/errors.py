@@ -196,6 +196,9 @@ class WrongSecret(RestoreError):
     http_status, exit_code = 403, 18
 
 
+NOT_OURS = "the catalogue belongs to the appliance, or to another program that fills it; change it there"
+"""What is said to who would change one, as InvalidOption."""
+
 BY_NAME: dict[str, type[RestoreError]] = {cls.__name__: cls for cls in RestoreError.__subclasses__()}
 
 
@@ -209,7 +212,10 @@ def from_dbus(name: str, message: str) -> RestoreError:
     if name == _FREEDESKTOP + "AccessDenied":
         return NotAuthorized(f"the bus policy does not allow it: {message}")
     if name == _FREEDESKTOP + "UnknownInterface":
-        return Unavailable(f"the restore service does not offer that as it is set up: {message}")
+        # That of the catalogue is the one that a service may be without, and it would be in vain to try again.
+        return InvalidOption(
+            NOT_OURS if "Restore1.Catalog'" in message else f"the service is of another version: {message}"
+        )
     if name == _FREEDESKTOP + "LimitsExceeded":
         return LimitReached(f"the message bus is at one of its limits; try again in a moment: {message}")
     if name.startswith((_FREEDESKTOP + "Spawn.", "org.freedesktop.systemd1.")) or name in _UNREACHABLE:

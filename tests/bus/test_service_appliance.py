@@ -123,7 +123,9 @@ async def test_an_appliances_catalogue_is_not_changed_from_here(service: Served,
     answer = await user.ask("GetAll", "s", CATALOG, interface=properties, path=ROOT)
     assert error_of(answer)[0] == "org.freedesktop.DBus.Error.UnknownInterface"
     for call in (client.add_repository("x", "/"), client.scan("main"), client.remove_backup("b1")):
-        with pytest.raises(errors.Unavailable, match="as it is set up"):
+        with pytest.raises(
+            errors.InvalidOption, match="belongs to the appliance, or to another program.*change it there"
+        ):
             await call
 
 
@@ -134,8 +136,9 @@ async def test_the_command_line_says_that_the_catalogue_is_elsewhere(
     listed = await cli("catalog", "vms", "--json")
     assert (listed.code, "ctx-1" in listed.out) == (0, True)
     refused = await cli("catalog", "scan", "main")
-    assert (refused.code, refused.out) == (15, "")
-    assert "Catalog" in refused.err
+    assert (refused.code, refused.out) == (2, "")
+    assert "the catalogue belongs to the appliance" in refused.err
+    assert "change it there" in refused.err
 
 
 async def test_a_catalogue_that_hangs_does_not_stop_the_records(service: Served, client: Client) -> None:

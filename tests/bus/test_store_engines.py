@@ -92,7 +92,7 @@ async def test_the_catalogue_is_written_only_where_it_is_ours(any_house: House) 
         house.store.remove_backup("b1"),
         house.store.record_scan("main", Found((), ())),
     ):
-        with pytest.raises(errors.CatalogUnavailable, match="appliance"):
+        with pytest.raises(errors.InvalidOption, match="belongs to the appliance"):
             await call
     assert [one.id for one in await house.store.repositories()] == ["main"]
 

@@ -401,7 +401,17 @@ async def test_a_table_that_is_missing_makes_the_catalogue_unavailable(url: str,
     await make(url)
     async with await Store.open(url) as store:
         execute(path, "PRAGMA foreign_keys = 0", "DROP TABLE backup_disks")
-        with pytest.raises(errors.CatalogUnavailable):
+        with pytest.raises(errors.CatalogUnavailable, match="^the catalogue lacks a table or column that is needed"):
+            await store.backup("b1")
+
+
+@pytest.mark.parametrize("change", ["DROP TABLE backup_disks", "ALTER TABLE backup_disks RENAME qcow2_path TO path"])
+async def test_what_a_file_of_others_lacks_is_said_as_it_is_of_a_server(
+    url: str, theirs: str, tmp_path: Path, change: str
+) -> None:
+    execute(tmp_path / "theirs/restore #1?.db", "PRAGMA foreign_keys = 0", change)
+    async with await Store.open(url, theirs) as store:
+        with pytest.raises(errors.CatalogUnavailable, match="^the catalogue lacks a table or column that is needed"):
             await store.backup("b1")
 
 

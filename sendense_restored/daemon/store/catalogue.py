@@ -81,9 +81,12 @@ def repository(repository_id: str) -> Repository:
     for row in fetch(query, BackupRepository, _REPOSITORY):
         if row.text("id") == repository_id:
             return _repository(row)
-    raise BackupNotFound(
-        f"there is no repository {repository_id[:64]!r}; the list of backups names those that have any"
-    )
+    raise no_repository(repository_id)
+
+
+def no_repository(repository_id: str) -> BackupNotFound:
+    """What who names a repository that is not there is told."""
+    return BackupNotFound(f"there is no repository {repository_id[:64]!r}; list the repositories to see their ids")
 
 
 def repositories() -> list[Repository]:

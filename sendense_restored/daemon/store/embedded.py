@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored.errors import BackupNotFound, Busy, InvalidOption
 
-from .catalogue import GIB, backup, is_plain, repositories, repository
+from .catalogue import GIB, backup, is_plain, no_repository, repositories, repository
 from .models import BackupDiskRow, BackupJob, BackupRepository, RestoreMount
 from .records import DiskFile, MountStatus
 from .rows import LARGEST
@@ -64,9 +64,7 @@ def remove_repository(repository_id: str) -> None:
     if mounted().join(BackupJob).where(BackupJob.repository == repository_id).exists():
         raise Busy("backups of this repository are mounted; unmount them first")
     if not BackupRepository.delete().where(BackupRepository.id == repository_id).execute():
-        raise BackupNotFound(
-            f"there is no repository {repository_id[:64]!r}; the list of backups names those that have any"
-        )
+        raise no_repository(repository_id)
 
 
 def add_backup(

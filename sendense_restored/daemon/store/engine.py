@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .records import StoreError
 
 
+LACKING = "lacks a table or column that is needed; the service's journal has the details"
+"""See ``Engine.advice``."""
+
+
 class Trouble(Enum):
     """What an error of a database means."""
 

@@ -27,7 +27,7 @@ from pymysql.err import MySQLError, OperationalError
 
 from sendense_restored.errors import CatalogUnavailable
 
-from .engine import Trouble
+from .engine import LACKING, Trouble
 from .migrations_mysql import migrate
 from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNPROVEN, UNREACHABLE, code_of, said
 from .records import StoreError, StoreUnreachableError
@@ -223,7 +223,7 @@ class Server:
         if code in DENIED:
             return "may not be read or written by the service; its administrator has to grant that"
         if code in MISSING:
-            return "lacks a table or column that is needed; the service's journal has the details"
+            return LACKING
         if code in LOST:
             return "does not answer; try again when its server runs"
         return "cannot be used; the service's journal has the details"

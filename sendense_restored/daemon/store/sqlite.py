@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import peewee
 
-from .engine import Trouble
+from .engine import LACKING, Trouble
 from .migrations import migrate
 from .records import StoreError, StoreUnreachableError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCKED = "locked"
+_MISSING = ("no such table", "no such column")
 
 
 class _Database(peewee.SqliteDatabase):  # type: ignore[misc]  # peewee 3 has no type information
@@ -79,6 +80,8 @@ class _File:
     def advice(self, error: BaseException) -> str:
         if _LOCKED in str(error):
             return "is locked by another program; try again"
+        if any(words in str(error) for words in _MISSING):
+            return LACKING
         return "cannot be used; the service's journal has the details"
 
     def refusal(self, error: BaseException) -> StoreError:

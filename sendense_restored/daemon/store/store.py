@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-from sendense_restored.errors import CatalogUnavailable
+from sendense_restored.errors import NOT_OURS, InvalidOption
 
 from . import catalogue, embedded, history, machines, wishes
 from .opening import open_databases
@@ -60,7 +60,7 @@ class Store:
 
     @property
     def embedded(self) -> bool:
-        """Whether the catalogue is ours to write; else the methods that do so raise CatalogUnavailable."""
+        """Whether the catalogue is ours to write; else the methods that do so raise InvalidOption."""
         return self._databases.embedded
 
     async def close(self) -> None:
@@ -69,7 +69,7 @@ class Store:
 
     async def _fill(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if not self.embedded:
-            raise CatalogUnavailable("the catalogue belongs to the appliance; change it there")
+            raise InvalidOption(NOT_OURS)
         return await self._catalogue.write(work, *args, **kwargs)
 
     async def __aenter__(self) -> Self:
@@ -199,11 +199,7 @@ class Store:
     async def renew(
         self, mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]
     ) -> None:
-        """Write down until when a mount and these claims on it last. Raises MountNotFound.
-
-        Of the claims only ``expires_at`` is written. Others stay as they are; one of these that was dropped meanwhile
-        does not come back.
-        """
+        """Write down until when a mount lasts, and that these are the claims on it: others go. Raises MountNotFound."""
         await self._records.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
 
     async def delete_mount(self, mount_id: str) -> bool:
