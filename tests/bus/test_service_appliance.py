@@ -124,7 +124,7 @@ async def test_an_appliances_catalogue_is_not_changed_from_here(service: Served,
     assert error_of(answer)[0] == "org.freedesktop.DBus.Error.UnknownInterface"
     for call in (client.add_repository("x", "/"), client.scan("main"), client.remove_backup("b1")):
         with pytest.raises(
-            errors.InvalidOption, match="belongs to the appliance, or to another program.*change it there"
+            errors.InvalidOption, match=r"belongs to the appliance, or to another program.*change it there"
         ):
             await call
 

@@ -430,6 +430,51 @@ def test_a_table_of_others_in_the_way_of_a_step_is_not_taken_over(mariadb: Serve
             in_thread(mariadb, name, migrate)
 
 
+OURS = ("restore_claims", "restore_mounts", "restore_events", MARKER)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("DROP TABLE restore_events", "missing .restore_events"),
+        ("DROP TABLE restore_claims", "missing .restore_claims"),
+        (f"DELETE FROM {MARKER}", f"{MARKER} is empty"),
+        (f"DROP TABLE {MARKER}", "did not make"),
+    ],
+)
+async def test_tables_of_ours_that_went_alone_refuse_to_start(place: Place, change: str, complaint: str) -> None:
+    place.appliance.add("b1")
+    async with await place.open() as store:
+        await store.insert_mount(mount(), [ClaimRow("m1", 7, "", NOON, NOON)])
+    with hand_of(place.server, place.records) as ours:
+        ours.execute(change)
+        with pytest.raises(StoreError, match=complaint) as caught:
+            await place.open()
+        assert "did not make" in complaint or "drop restore_claims, restore_mounts" in str(caught.value)
+        # As the page says.
+        for table in OURS:
+            ours.execute(f"DROP TABLE IF EXISTS {table}")
+        async with await place.open() as store:
+            await store.insert_mount(mount(), [ClaimRow("m1", 7, "", NOON, NOON)])
+        for table in OURS[:-1]:
+            ours.execute(f"DELETE FROM {table}")
+        async with await place.open() as store:
+            assert await store.mount_rows() == []
+
+
+@pytest.mark.parametrize("right", ["SELECT", "INSERT", "UPDATE", "DELETE"])
+async def test_without_a_right_to_our_own_tables_it_does_not_start(account: Place, right: str) -> None:
+    async with await account.open() as store:
+        await store.add_events([event(1)])
+    account.server.execute(f"REVOKE {right} ON {account.records}.* FROM 'sendense_restore'@'localhost'")
+    with pytest.raises(StoreError, match=rf"{right} command denied.*docs/database\.md") as caught:
+        await account.open()
+    assert type(caught.value) is StoreError
+    account.server.execute(f"GRANT {right} ON {account.records}.* TO 'sendense_restore'@'localhost'")
+    async with await account.open() as store:
+        assert len((await store.events())[0]) == 1
+
+
 async def test_of_services_that_start_at_once_one_has_the_database(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

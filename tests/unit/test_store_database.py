@@ -318,6 +318,23 @@ async def test_tables_of_other_names_are_none_of_our_business(url: str, path: Pa
     await make(url)
 
 
+@pytest.mark.parametrize("table", [model._meta.table_name for model in MODELS])
+async def test_a_table_of_ours_that_was_dropped_alone_refuses_to_start(url: str, path: Path, table: str) -> None:
+    await make(url)
+    execute(path, "PRAGMA foreign_keys = 0", f"DROP TABLE {table}")
+    before = digest_of_tables(path)
+    with pytest.raises(StoreError, match=rf"are missing \({table}\); .* move it away"):
+        await Store.open(url)
+    assert digest_of_tables(path) == before
+
+
+async def test_a_marker_that_was_emptied_refuses_to_start(url: str, path: Path) -> None:
+    await make(url)
+    execute(path, f"DELETE FROM {MARKER}")
+    with pytest.raises(StoreError, match=rf"{MARKER} is empty, .* move it away"):
+        await Store.open(url)
+
+
 async def test_two_that_open_an_empty_database_at_once_migrate_it_once(url: str, path: Path) -> None:
     stores = await asyncio.gather(*(Store.open(url) for _ in range(4)))
     for number, store in enumerate(stores):  # each on its own thread and connection, and to one database
@@ -401,7 +418,7 @@ async def test_a_table_that_is_missing_makes_the_catalogue_unavailable(url: str,
     await make(url)
     async with await Store.open(url) as store:
         execute(path, "PRAGMA foreign_keys = 0", "DROP TABLE backup_disks")
-        with pytest.raises(errors.CatalogUnavailable, match="^the catalogue lacks a table or column that is needed"):
+        with pytest.raises(errors.CatalogUnavailable, match=r"^the catalogue lacks a table or column that is needed"):
             await store.backup("b1")
 
 
@@ -411,7 +428,7 @@ async def test_what_a_file_of_others_lacks_is_said_as_it_is_of_a_server(
 ) -> None:
     execute(tmp_path / "theirs/restore #1?.db", "PRAGMA foreign_keys = 0", change)
     async with await Store.open(url, theirs) as store:
-        with pytest.raises(errors.CatalogUnavailable, match="^the catalogue lacks a table or column that is needed"):
+        with pytest.raises(errors.CatalogUnavailable, match=r"^the catalogue lacks a table or column that is needed"):
             await store.backup("b1")
 
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from sendense_restored.errors import BackupNotFound, Busy, InvalidOption
+from sendense_restored.errors import Busy, InvalidOption
 
 from .catalogue import GIB, backup, is_plain, no_repository, repositories, repository
 from .models import BackupDiskRow, BackupJob, BackupRepository, RestoreMount

@@ -13,7 +13,7 @@ import peewee
 from . import cursors
 from .catalogue import check_limit
 from .engine import here
-from .models import BackupJob, VmContext
+from .models import BackupJob, VmContext, table_of
 from .records import Vm
 from .rows import Row, fetch, in_parts, meant, paged
 
@@ -89,7 +89,7 @@ def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
 def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
     """What the appliance calls these virtual machines, by name and repository, where it keeps that."""
     found: dict[str, dict[str, str]] = {}
-    if names and here().has_table(VmContext._meta.table_name):  # noqa: SLF001  # peewee's public face
+    if names and here().has_table(table_of(VmContext)):
         for some in in_parts(names):
             query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
             # Of several the first: it comes last, in the place of those before it.

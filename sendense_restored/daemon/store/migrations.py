@@ -9,21 +9,24 @@ which are never touched. SQLite runs DDL inside transactions, so a step comes to
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .models import CATALOGUE, RECORDS, to_stored
+from .models import CATALOGUE, RECORDS, table_of, to_stored
 from .records import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     import peewee
 
 log = logging.getLogger(__name__)
 
 MARKER = "restore_migrations"
+_CREATED = re.compile(r"CREATE TABLE (\w+)")
+_REMEDY = "restore the file from before that, or move it away while the service is stopped, and fill a new catalogue"
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,12 @@ MIGRATIONS = (
 def migrate(database: peewee.Database, migrations: Sequence[Migration] = MIGRATIONS) -> None:
     """Bring an open database to the last version; nothing happens to one that is there already.
 
-    Raises StoreError for tables that are not ours, and for a schema newer than ``migrations``.
+    Raises StoreError for tables that are not ours or not all there, and for a schema newer than ``migrations``.
     """
-    refuse_newer(_version(database), migrations)
+    version, tables = _version(database), set(database.get_tables())
+    refuse_newer(version, migrations)
+    if MARKER in tables:
+        refuse_incomplete(migrations, range(1, version + 1), tables, _REMEDY)
     for migration in migrations:
         # The version is read again under the write lock: another process may have been faster.
         with database.atomic("IMMEDIATE"):
@@ -206,7 +212,7 @@ def _version(database: peewee.Database) -> int:
 
 def names_of(models: Iterable[type[peewee.Model]]) -> set[str]:
     """The names of tables."""
-    return {model._meta.table_name for model in models}  # noqa: SLF001  # peewee's public face
+    return {table_of(model) for model in models}
 
 
 def refuse_newer(found: int, migrations: Sequence[Migration]) -> None:
@@ -225,6 +231,26 @@ def refuse_foreign(tables: Iterable[str]) -> None:
             f"the database holds tables that this service did not make ({', '.join(foreign)}); "
             "set database.url to a database of its own"
         )
+
+
+def refuse_incomplete(
+    migrations: Sequence[Migration], taken: Collection[int], there: Collection[str], remedy: str
+) -> None:
+    """Raises StoreError if our tables that are ``there`` are not those of the steps that were ``taken``.
+
+    For a database with the marker: somebody has emptied that, or dropped other tables alone.
+    """
+    if there and not taken:
+        raise StoreError(f"{MARKER} is empty, so nobody knows what the tables are; {remedy}")
+    made = {
+        name
+        for migration in migrations
+        if migration.version in taken
+        for statement in migration.statements
+        for name in _CREATED.findall(statement)
+    }
+    if missing := sorted(made.difference(there, {MARKER})):
+        raise StoreError(f"tables that the service has made are missing ({', '.join(missing)}); {remedy}")
 
 
 def _apply(database: peewee.Database, migration: Migration) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import peewee
 
-from .migrations import MARKER, Migration, applied, names_of, refuse_foreign, refuse_newer
+from .migrations import MARKER, Migration, applied, names_of, refuse_foreign, refuse_incomplete, refuse_newer
 from .models import RECORDS, to_stored
 from .mysql_errors import DONE_ALREADY, code_of
 
@@ -94,6 +94,11 @@ MIGRATIONS = (
     ),
 )
 
+_REMEDY = (
+    "restore the database from before that, or, while the service is stopped, drop restore_claims, restore_mounts,"
+    f" restore_events and {MARKER} together"
+)
+
 _MARKER_TABLE = f"""CREATE TABLE IF NOT EXISTS {MARKER} (
     version INTEGER NOT NULL PRIMARY KEY,
     what VARCHAR(255) NOT NULL,
@@ -104,13 +109,16 @@ _MARKER_TABLE = f"""CREATE TABLE IF NOT EXISTS {MARKER} (
 def migrate(database: peewee.MySQLDatabase, migrations: Sequence[Migration] = MIGRATIONS) -> None:
     """Bring an open database to the last version; nothing happens to one that is there already.
 
-    Raises StoreError for tables that are not ours, and for a schema newer than ``migrations``.
+    Raises StoreError for tables that are not ours or not all there, and for a schema newer than ``migrations``.
     """
     if not database.has_table(MARKER):
         refuse_foreign(name for name in names_of(RECORDS) if database.has_table(name))
         database.execute_sql(_MARKER_TABLE)
     marks = dict(database.execute_sql(f"SELECT version, applied_at FROM {MARKER}").fetchall())  # noqa: S608  # a constant
     refuse_newer(max(marks, default=0), migrations)
+    begun = {version for version, applied_at in marks.items() if applied_at is None}
+    there = {name for name in names_of(RECORDS) if database.has_table(name)}
+    refuse_incomplete([each for each in migrations if each.version not in begun], marks, there, _REMEDY)
     collation = collation_of(database)
     for migration in migrations:
         if marks.get(migration.version) is None:

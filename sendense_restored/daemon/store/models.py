@@ -238,6 +238,11 @@ class VmContext(_Row):
         table_name = "vm_backup_contexts"
 
 
+def table_of(model: type[peewee.Model]) -> str:
+    """The name of its table."""
+    return str(model._meta.table_name)  # noqa: SLF001  # peewee's public face
+
+
 CATALOGUE = (BackupRepository, BackupJob, BackupDiskRow)
 """The tables of backups. Only in the embedded database they are ours to make and to write."""
 RECORDS = (RestoreMount, RestoreClaim, RestoreEvent)

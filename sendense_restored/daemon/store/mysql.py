@@ -29,6 +29,7 @@ from sendense_restored.errors import CatalogUnavailable
 
 from .engine import LACKING, Trouble
 from .migrations_mysql import migrate
+from .models import RECORDS, table_of
 from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNPROVEN, UNREACHABLE, code_of, said
 from .records import StoreError, StoreUnreachableError
 
@@ -201,7 +202,19 @@ class Server:
         connection = self.database.connection()
         connection.answer_within(_MIGRATING)
         migrate(self.database)
+        self._check_rights()
         connection.answer_within(self.database.answer_timeout)
+
+    def _check_rights(self) -> None:
+        """Raises ``errors`` if the account may not write our tables; it would be known by the first mount only."""
+        for model in RECORDS:
+            table, column = table_of(model), next(iter(model._meta.columns))  # noqa: SLF001  # peewee's public face
+            for statement in (
+                f"INSERT INTO {table} SELECT * FROM {table}",  # noqa: S608  # constants
+                f"UPDATE {table} SET {column} = {column}",  # noqa: S608
+                f"DELETE FROM {table}",  # noqa: S608
+            ):
+                self.database.execute_sql(f"{statement} WHERE 1 = 0")
 
     def trouble(self, error: BaseException) -> Trouble:
         """See ``engine.Engine``."""

@@ -20,7 +20,7 @@ import peewee
 from sendense_restored.errors import CatalogUnavailable
 
 from .migrations_mysql import collation_of
-from .models import BackupJob, RestoreMount, database_of_thread
+from .models import BackupJob, RestoreMount, database_of_thread, table_of
 from .mysql_errors import LOST, code_of, said
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAME = "restore_mounts_backup_job"
-_OURS, _THEIRS = (model._meta.table_name for model in (RestoreMount, BackupJob))  # noqa: SLF001  # peewee's public face
+_OURS, _THEIRS = table_of(RestoreMount), table_of(BackupJob)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sendense_restored.errors import CatalogUnavailable
 
 from .engine import here
-from .models import to_stored
+from .models import table_of, to_stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,7 +133,7 @@ def _number(text: str) -> object:
 
 def fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]) -> list[Row]:
     """The rows of a query of a table, with names for its columns."""
-    names, table = list(columns), model._meta.table_name  # noqa: SLF001  # peewee's public face
+    names, table = list(columns), table_of(model)
     return [Row(table, dict(zip(names, values, strict=True))) for values in here().execute(query).fetchall()]
 
 

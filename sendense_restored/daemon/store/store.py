@@ -199,7 +199,7 @@ class Store:
     async def renew(
         self, mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]
     ) -> None:
-        """Write down until when a mount lasts, and that these are the claims on it: others go. Raises MountNotFound."""
+        """Write down until when a mount lasts, and its claims: those that are not given go. Raises MountNotFound."""
         await self._records.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
 
     async def delete_mount(self, mount_id: str) -> bool:
