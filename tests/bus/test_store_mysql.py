@@ -608,7 +608,7 @@ async def test_a_connection_that_is_killed_is_replaced(place: Place) -> None:
     database = await Database.open(engine_of(place))
 
     def number() -> int:
-        return int(here().execute_sql("SELECT CONNECTION_ID()").fetchone()[0])  # type: ignore[attr-defined]
+        return int(here().execute_sql("SELECT CONNECTION_ID()").fetchone()[0])
 
     first = await database.read(number)
     place.server.execute(f"KILL {first}")
@@ -619,7 +619,7 @@ async def test_a_connection_that_is_killed_is_replaced(place: Place) -> None:
     def killed() -> None:
         runs.append(1)
         with contextlib.suppress(peewee.PeeweeException):
-            here().execute_sql(f"KILL {second}")  # type: ignore[attr-defined]
+            here().execute_sql(f"KILL {second}")
         RestoreMount.select().count()
 
     with pytest.raises(errors.CatalogUnavailable, match="does not answer"):
@@ -686,7 +686,7 @@ async def test_what_undid_a_transaction_is_tried_once_more(place: Place) -> None
     def deadlocked(times: int) -> int:
         runs.append(1)
         if len(runs) <= times:
-            here().execute_sql("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock'")  # type: ignore[attr-defined]
+            here().execute_sql("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock'")
         return len(runs)
 
     assert await database.write(deadlocked, 1) == 2
@@ -732,7 +732,7 @@ async def test_the_session_is_as_it_must_be_whatever_the_server_says(mortal: Pla
 
     def session() -> tuple[Any, ...]:
         query = "SELECT @@time_zone, @@innodb_lock_wait_timeout, @@sql_mode LIKE '%%STRICT_TRANS%%'"
-        return tuple(here().execute_sql(query).fetchone())  # type: ignore[attr-defined]
+        return tuple(here().execute_sql(query).fetchone())
 
     assert await database.read(session) == ("+00:00", 5, 1)
     await database.close()

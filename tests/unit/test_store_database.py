@@ -19,7 +19,8 @@ import pytest
 from sendense_restored import errors
 from sendense_restored.daemon.store import ClaimRow, DiskFile, Event, Store, StoreError
 from sendense_restored.daemon.store.database import Database
-from sendense_restored.daemon.store.migrations import MARKER, MIGRATIONS, Migration, migrate
+from sendense_restored.daemon.store.migrations import MARKER, Migration
+from sendense_restored.daemon.store.migrations_sqlite import MIGRATIONS, migrate
 from sendense_restored.daemon.store.models import MODELS, BackupJob, bind_to_thread, to_stored
 from sendense_restored.daemon.store.sqlite import OwnFile, ReadOnlyFile
 from tests.records import NOON, event, mount

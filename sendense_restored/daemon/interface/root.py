@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sendense_restored import __version__, errors
 from sendense_restored.daemon import packing
 from sendense_restored.daemon.exported import Exported, method, prop
+from sendense_restored.daemon.store import MOST_PER_PAGE
 
 from .common import BEHALF, BUS_NAME, ROOT_PATH, actor, check_behalf, path_of, polkit_details
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from sendense_restored.daemon.volume import Journal
 
     from .common import Parts
-
-_MOST_LISTED = 1000
 
 
 class Manager(Exported, interface=f"{BUS_NAME}.Manager"):
@@ -36,7 +35,7 @@ class Manager(Exported, interface=f"{BUS_NAME}.Manager"):
         options={"vm_name": "s", "status": "s", "repository_id": "s", "limit": "u", "cursor": "s"},
     )
     async def list_backups(self, call: Call, options: dict[str, Any]) -> tuple[list[dict[str, Variant]], str]:
-        limit = packing.limit(options, 100, _MOST_LISTED)
+        limit = packing.limit(options, 100, MOST_PER_PAGE)
         filters = {key: options.get(key) for key in ("vm_name", "status", "repository_id")}
         backups, cursor = await self._parts.store.backups(**filters, limit=limit, cursor=options.get("cursor", ""))
         return [packing.backup(backup) for backup in backups], cursor
@@ -51,7 +50,7 @@ class Manager(Exported, interface=f"{BUS_NAME}.Manager"):
         options={"limit": "u", "cursor": "s"},
     )
     async def list_vms(self, call: Call, options: dict[str, Any]) -> tuple[list[dict[str, Variant]], str]:
-        limit = packing.limit(options, 100, _MOST_LISTED)
+        limit = packing.limit(options, 100, MOST_PER_PAGE)
         vms, cursor = await self._parts.store.vms(limit=limit, cursor=options.get("cursor", ""))
         return [packing.vm(vm) for vm in vms], cursor
 
@@ -114,7 +113,7 @@ class Manager(Exported, interface=f"{BUS_NAME}.Manager"):
         options={"mount_id": "s", "limit": "u", "cursor": "s"},
     )
     async def list_events(self, call: Call, options: dict[str, Any]) -> tuple[list[dict[str, Variant]], str]:
-        limit = packing.limit(options, 100, _MOST_LISTED)
+        limit = packing.limit(options, 100, MOST_PER_PAGE)
         await self._parts.events.flush()  # so that a caller finds what it did itself
         events, cursor = await self._parts.store.events(limit, options.get("cursor", ""), options.get("mount_id"))
         return [packing.event(event) for event in events], cursor

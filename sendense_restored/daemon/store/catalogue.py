@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import peewee
 
-from sendense_restored.errors import BackupNotFound, CatalogUnavailable, InvalidOption
+from sendense_restored.errors import BackupNotFound, CatalogUnavailable
 
 from . import cursors
 from .engine import here
@@ -30,7 +30,6 @@ from .rows import NO_DATE, Row, fetch, in_parts, meant, paged
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-MOST_PER_PAGE = 1000
 GIB = 1 << 30
 _LONGEST_ID = 64
 _LARGEST_INDEX = 2**32 - 1
@@ -148,7 +147,7 @@ def backups(
     vm_name: str | None, status: str | None, repository_id: str | None, limit: int, cursor: str
 ) -> tuple[list[Backup], str]:
     """A page of backups, newest first, and the cursor of the next (``""`` at the end). Raises InvalidOption."""
-    check_limit(limit)
+    cursors.check_limit(limit)
     exact = here().exact
     query = BackupJob.select(*_JOB.values())
     for column, wanted in (
@@ -255,12 +254,6 @@ def _disk(row: Row) -> BackupDisk:
         row.number("size_gb", unit=GIB),
         row.text("status"),
     )
-
-
-def check_limit(limit: int) -> None:
-    """Raises InvalidOption if a page cannot be that long."""
-    if not 1 <= limit <= MOST_PER_PAGE:
-        raise InvalidOption(f"limit must be from 1 to {MOST_PER_PAGE}")
 
 
 def encode_cursor(place: Place) -> str:

@@ -1,4 +1,4 @@
-"""Cursors of lists: the text by which a client asks for the next page.
+"""Pages of lists: how long one may be, and the cursor, the text by which a client asks for the next.
 
 To clients a cursor is opaque. A place in a list has exactly one cursor, and whatever is not one is refused: what a
 client sends back is put into a query.
@@ -10,6 +10,8 @@ import base64
 import binascii
 
 from sendense_restored.errors import InvalidOption
+
+MOST_PER_PAGE = 1000
 
 
 def encode(place: str) -> str:
@@ -31,3 +33,9 @@ def decode(cursor: str, what: str) -> str:
 def foreign(what: str) -> InvalidOption:
     """The refusal of a text that is no cursor of the list of ``what``."""
     return InvalidOption(f"this is no cursor of the list of {what}; begin again without one")
+
+
+def check_limit(limit: int) -> None:
+    """Raises InvalidOption if a page cannot be that long."""
+    if not 1 <= limit <= MOST_PER_PAGE:
+        raise InvalidOption(f"limit must be from 1 to {MOST_PER_PAGE}")

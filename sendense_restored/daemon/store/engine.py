@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from .models import database_of_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import peewee
 
     from .records import StoreError
@@ -50,6 +52,9 @@ class Dialect(Protocol):
 
     def execute(self, query: peewee.Node) -> Any:  # noqa: ANN401  # the driver's cursor
         """See peewee."""
+
+    def execute_sql(self, sql: str, params: Sequence[object] | None = None) -> Any:  # noqa: ANN401  # the same
+        """See peewee. For what only one engine has; all else is a query of the models."""
 
 
 class Engine(Protocol):

@@ -10,7 +10,6 @@ import re
 from typing import TYPE_CHECKING
 
 from . import cursors
-from .catalogue import check_limit
 from .models import RestoreEvent
 from .records import ENDED, Event
 
@@ -33,7 +32,7 @@ def add_events(events: Sequence[Event]) -> None:
 
 def events(limit: int, cursor: str, mount_id: str | None) -> tuple[list[Event], str]:
     """A page of events, newest first, and the cursor of the next (``""`` at the end). Raises InvalidOption."""
-    check_limit(limit)
+    cursors.check_limit(limit)
     query = RestoreEvent.select()
     if mount_id is not None:
         query = query.where(RestoreEvent.mount_id == mount_id)

@@ -23,6 +23,8 @@ from .mysql_errors import DONE_ALREADY, code_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .engine import Dialect
+
 _COLLATIONS = ("utf8mb4_nopad_bin", "utf8mb4_0900_bin", "utf8mb4_bin")
 """Of MariaDB, of MySQL from 8.0.17 on, and of all; the first that there is."""
 
@@ -31,7 +33,7 @@ MIGRATIONS = (
         1,
         "mounts and claims",
         (
-            # Its reference to the appliance's backups comes and goes with where those are: reference.py.
+            # Its reference to the appliance's backups comes and goes with where those are: mysql_reference.py.
             """CREATE TABLE restore_mounts (
                 id VARCHAR(36) NOT NULL PRIMARY KEY,
                 backup_id VARCHAR(64) NOT NULL,
@@ -125,7 +127,7 @@ def migrate(database: peewee.MySQLDatabase, migrations: Sequence[Migration] = MI
             _take(database, migration, collation, again=migration.version in marks)
 
 
-def collation_of(database: peewee.MySQLDatabase) -> str:
+def collation_of(database: Dialect) -> str:
     """The collation of our own tables on this server."""
     query = "SELECT collation_name FROM information_schema.collations WHERE collation_name IN (%s, %s, %s)"
     known = {name for (name,) in database.execute_sql(query, _COLLATIONS).fetchall()}

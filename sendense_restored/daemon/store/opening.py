@@ -112,13 +112,13 @@ async def _look_at(theirs: Database) -> None:
 
 
 async def _tie(records: Database, theirs: Database, at: DatabaseUrl, catalogue_at: DatabaseUrl) -> None:
-    """See ``reference``. Raises StoreError."""
+    """See ``mysql_reference``. Raises StoreError."""
     if isinstance(at, MysqlUrl):
-        from . import reference  # noqa: PLC0415  # the driver again
+        from . import mysql_reference  # noqa: PLC0415  # the driver again
 
         schema = catalogue_at.name if isinstance(catalogue_at, MysqlUrl) else ""
         try:
-            why = await reference.set_up(records, theirs if schema else None, schema)
+            why = await mysql_reference.set_up(records, theirs if schema else None, schema)
         except CatalogUnavailable as error:
             raise StoreUnreachableError(f"{records.name}: {error}") from error
     else:

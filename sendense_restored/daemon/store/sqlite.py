@@ -17,7 +17,7 @@ from urllib.parse import quote
 import peewee
 
 from .engine import LACKING, Trouble
-from .migrations import migrate
+from .migrations_sqlite import migrate
 from .records import StoreError, StoreUnreachableError
 
 if TYPE_CHECKING:

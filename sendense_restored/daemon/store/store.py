@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
 from sendense_restored.errors import NOT_OURS, InvalidOption
 
-from . import catalogue, embedded, history, machines, wishes
+from . import catalogue, embedded, history, vms, wishes
 from .opening import open_databases
 from .recording import record_scan
 
@@ -107,7 +107,7 @@ class Store:
 
         ``limit`` is 1 to 1000. Raises InvalidOption, also for a cursor that did not come from here.
         """
-        return await self._catalogue.read(machines.vms, limit, cursor)
+        return await self._catalogue.read(vms.vms, limit, cursor)
 
     async def repository(self, repository_id: str) -> Repository:
         """One repository. Raises BackupNotFound, and CatalogUnavailable if its configuration is broken."""

@@ -2,7 +2,7 @@
 
 Each function runs on the store's thread inside a transaction (see ``database.py``) and returns records only. The
 claims of a mount are deleted with it here, because foreign keys are not always on (``sqlite.py``); and where a
-mount's row refers to its backup, it may end with that at any time (``reference.py``).
+mount's row refers to its backup, it may end with that at any time (``mysql_reference.py``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ import peewee
 
 from sendense_restored.errors import CatalogUnavailable
 
+from .engine import here
 from .migrations_mysql import collation_of
-from .models import BackupJob, RestoreMount, database_of_thread, table_of
+from .models import BackupJob, RestoreMount, table_of
 from .mysql_errors import LOST, code_of, said
 
 if TYPE_CHECKING:
@@ -78,18 +79,14 @@ async def _on_one_server(own: Database, catalogue: Database) -> bool:
 
 def _ask(query: str, *parameters: str) -> object:
     """The first value of the first row, or None."""
-    row = _database().execute_sql(query, parameters).fetchone()
+    row = here().execute_sql(query, parameters).fetchone()
     return None if row is None else row[0]
-
-
-def _database() -> peewee.MySQLDatabase:
-    return database_of_thread()
 
 
 def _target() -> _Target | None:
     """The column of this thread's catalogue."""
     row = (
-        _database()
+        here()
         .execute_sql(
             "SELECT table_schema, character_set_name, collation_name FROM information_schema.columns"
             " WHERE table_schema = DATABASE() AND table_name = %s AND column_name = 'id'"
@@ -103,7 +100,7 @@ def _target() -> _Target | None:
 
 def _references() -> list[tuple[str, str, str]]:
     """The name of each reference of the column there is, and the schema and table that it refers to."""
-    found = _database().execute_sql(
+    found = here().execute_sql(
         "SELECT constraint_name, referenced_table_schema, referenced_table_name"
         " FROM information_schema.key_column_usage WHERE table_schema = DATABASE() AND table_name = %s"
         " AND column_name = 'backup_id' AND referenced_table_name IS NOT NULL",
@@ -114,9 +111,9 @@ def _references() -> list[tuple[str, str, str]]:
 
 def _drop(name: str) -> None:
     """Take a reference away; the column is again like all others of ours."""
-    _database().execute_sql(
+    here().execute_sql(
         f"ALTER TABLE {_OURS} DROP FOREIGN KEY {_quoted(name)},"
-        f" MODIFY backup_id VARCHAR(64) CHARACTER SET utf8mb4 COLLATE {collation_of(_database())} NOT NULL"
+        f" MODIFY backup_id VARCHAR(64) CHARACTER SET utf8mb4 COLLATE {collation_of(here())} NOT NULL"
     )
 
 
@@ -165,7 +162,7 @@ def _refer(target: _Target | None) -> str:
         f" REFERENCES {_quoted(target.schema)}.{_THEIRS} (id) ON DELETE CASCADE"
     )
     try:
-        _database().execute_sql(statement)
+        here().execute_sql(statement)
     except peewee.DatabaseError as error:
         if code_of(error) in LOST:
             raise

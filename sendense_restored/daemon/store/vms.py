@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import peewee
 
 from . import cursors
-from .catalogue import check_limit
 from .engine import here
 from .models import BackupJob, VmContext, table_of
 from .records import Vm
@@ -43,7 +42,7 @@ _COUNTED = ("vm_name", "backups", "created_at")
 
 def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
     """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
-    check_limit(limit)
+    cursors.check_limit(limit)
     name = here().exact(BackupJob.vm_name)
     query = BackupJob.select(name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
     query = query.where(BackupJob.vm_name.is_null(is_null=False))
