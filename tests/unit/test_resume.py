@@ -312,6 +312,21 @@ def sql(tmp_path: Path, statement: str) -> None:
     connection.close()
 
 
+async def test_a_row_of_the_catalogue_that_means_nothing_ends_neither_start_nor_sweep(
+    house: House, tmp_path: Path
+) -> None:
+    mount = await house.mount()
+    other = await house.mount(BERT, "b2")
+    await end(house, "crashed")
+    sql(tmp_path, "UPDATE backup_disks SET size_gb = 1e300 WHERE backup_job_id = 'b1'")
+    assert await house.resume.load() == 1
+    await built(house, house.mounts.get(other.id))
+    assert await house.sweep.run() == 0
+    sql(tmp_path, "UPDATE backup_disks SET size_gb = 1 WHERE backup_job_id = 'b1'")
+    await house.sweep.run()
+    await built(house, house.mounts.get(mount.id))
+
+
 async def test_a_backup_that_leaves_the_catalogue_closes_its_mount(house: House, tmp_path: Path) -> None:
     mount = await house.mount()
     house.simulator.busy.add("partition-1")

@@ -74,10 +74,12 @@ class Row:
             return 0
         if isinstance(value, str):
             value = _number(value)
-        if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
-            found = round(value * unit)
-            if 0 <= found <= largest:
-                return found
+        # Compared before it is made whole: what is far too large may be beyond float and Decimal when multiplied.
+        with contextlib.suppress(ArithmeticError, ValueError):
+            if isinstance(value, int | float | Decimal) and -1 < value <= largest:
+                found = round(value * unit)
+                if 0 <= found <= largest:
+                    return found
         raise self._broken(column, f"{value!r:.40}, which is no number that it can be")
 
     def flag(self, column: str, default: bool) -> bool:  # noqa: FBT001  # what a missing value means
@@ -127,14 +129,19 @@ class Row:
 def _number(text: str) -> object:
     try:
         return Decimal(text) if math.isfinite(float(text)) else text
-    except ValueError:
+    except (ValueError, ArithmeticError):  # a Decimal has its own words for too small
         return text
 
 
 def fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]) -> list[Row]:
-    """The rows of a query of a table, with names for its columns."""
+    """The rows of a query of a table, with names for its columns. Raises CatalogUnavailable if they are others."""
     names, table = list(columns), table_of(model)
-    return [Row(table, dict(zip(names, values, strict=True))) for values in here().execute(query).fetchall()]
+    rows = here().execute(query).fetchall()
+    if any(len(values) != len(names) for values in rows):
+        raise CatalogUnavailable(
+            f"the server answers with other columns of table {table} than it was asked for; check which server it is"
+        )
+    return [Row(table, dict(zip(names, values, strict=True))) for values in rows]
 
 
 def meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iterator[_T]:
