@@ -14,11 +14,14 @@ reads is READ ONLY, which the server itself sees to, and sees one snapshot.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import socket
+import struct
+import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import peewee
 from pymysql.connections import Connection
@@ -30,27 +33,83 @@ from sendense_restored.errors import CatalogUnavailable
 from .engine import LACKING, Trouble
 from .migrations_mysql import migrate
 from .models import RECORDS, table_of
-from .mysql_errors import CONFLICT, DANGLING, DENIED, LOST, MISSING, UNPROVEN, UNREACHABLE, code_of, said
+from .mysql_errors import (
+    CONFLICT,
+    DANGLING,
+    DENIED,
+    INSECURE,
+    LOST,
+    MALFORMED,
+    MISSING,
+    SERVER_LOST,
+    UNPROVEN,
+    UNREACHABLE,
+    code_of,
+    said,
+)
 from .records import StoreError, StoreUnreachableError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sendense_restored.database_url import MysqlUrl
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _MODE = "STRICT_TRANS_TABLES,STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,ERROR_FOR_DIVISION_BY_ZERO"
 _MIGRATING = 600.0
 """Seconds for one step of a migration."""
+_OTHERS_MIGRATING = 60.0
+"""Seconds for all that another process may be at."""
+_LONGEST_ANSWER = 256 << 20
+"""Bytes that a statement's answer may have, which is kept in memory."""
+_NONSENSE = (struct.error, IndexError, KeyError, AssertionError, RuntimeError, ValueError, ArithmeticError)
+"""What the driver raises, besides errors of its own, when what a server sends is not what it must be."""
+
+
+def _understood(
+    method: Callable[Concatenate[_Connection, _P], _T],
+) -> Callable[Concatenate[_Connection, _P], _T]:
+    """Part of a connection whose answer made no sense, and say so: nobody knows where the next answer begins."""
+
+    @functools.wraps(method)
+    def understood(self: _Connection, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except UnicodeEncodeError:
+            raise  # what was to be sent is no text; nothing was
+        except _NONSENSE as error:
+            self._force_close()
+            text = f"the server's answer makes no sense ({type(error).__name__}: {error!s:.200})"
+            raise OperationalError(MALFORMED, text) from error
+
+    return understood
 
 
 class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type information
-    """The driver's connection with some of its faults mended."""
+    """The driver's connection with some of its faults mended.
 
+    Its timeouts begin anew with every byte. Here connecting, a statement and a transaction have an end each.
+    """
+
+    _until = _latest = math.inf
+    _connecting = False
+    _received = 0
+
+    @_understood
     def connect(self, sock: socket.socket | None = None) -> None:
         """Connect. Newer versions of the driver lose sight of a socket that finds nobody, so it is made here."""
+        self._until, self._connecting, self._received = time.monotonic() + 2 * self.connect_timeout, True, 0
         try:
             super().connect(sock or self._socket())
         except RuntimeError as error:  # a library is missing that the server's way of asking for a password needs
-            hint = "; install python3-cryptography or use the server's socket" if "cryptography" in str(error) else ""
-            raise OperationalError(UNPROVEN, f"no way to say the password: {error}{hint}") from None
+            if "cryptography" not in str(error):
+                raise
+            hint = "install python3-cryptography or use the server's socket"
+            raise OperationalError(UNPROVEN, f"no way to say the password: {error}; {hint}") from None
+        finally:
+            self._connecting = False
 
     def _socket(self) -> socket.socket:
         with contextlib.ExitStack() as undo:
@@ -75,6 +134,58 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
         """Wait so long for each answer from now on."""
         self._read_timeout = seconds
 
+    def limit(self, seconds: float) -> None:
+        """Give all statements until the transaction ends so long together."""
+        self._latest = time.monotonic() + seconds
+
+    @_understood
+    def commit(self) -> None:
+        """See the driver's. The time is its own: what a unit has done is not to fail by how long it took."""
+        self._latest = math.inf
+        super().commit()
+
+    @_understood
+    def rollback(self) -> None:
+        """See the driver's."""
+        self._latest = math.inf
+        super().rollback()
+
+    def _execute_command(self, command: int, sql: str | bytes) -> None:
+        if not self._connecting:
+            self._until, self._received = min(time.monotonic() + self._read_timeout, self._latest), 0
+        super()._execute_command(command, sql)
+
+    def _read_bytes(self, num_bytes: int) -> bytes:
+        self._received += num_bytes
+        try:
+            if self._received > _LONGEST_ANSWER:
+                raise OperationalError(MALFORMED, "the server's answer is too long")
+            found = bytearray()
+            while len(found) < num_bytes:
+                left = self._until - time.monotonic()
+                if left <= 0:
+                    raise OperationalError(SERVER_LOST, "the server takes too long to answer")
+                self._sock.settimeout(left)
+                there = len(self._rfile.peek())  # receives once at most
+                if not there:
+                    raise OperationalError(SERVER_LOST, "the server has closed the connection")
+                found += self._rfile.read(min(there, num_bytes - len(found)))
+        except OSError as error:
+            self._force_close()
+            raise OperationalError(SERVER_LOST, f"the connection was lost: {error}") from None
+        except OperationalError:
+            self._force_close()
+            raise
+        return bytes(found)
+
+    def _process_auth(self, plugin_name: bytes, auth_packet: Any) -> Any:  # noqa: ANN401  # the driver's
+        if plugin_name == b"mysql_clear_password" and not self.unix_socket:
+            raise OperationalError(
+                INSECURE, "the server asks for the password in clear text, which is sent over a Unix socket only"
+            )
+        return super()._process_auth(plugin_name, auth_packet)
+
+    @_understood
     def query(self, sql: str | bytes, unbuffered: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  # the driver's
         """Send a statement. Raises UnicodeEncodeError for half a surrogate pair, which the driver would send."""
         return super().query(sql.encode() if isinstance(sql, str) else sql, unbuffered)
@@ -119,6 +230,7 @@ class _Database(peewee.MySQLDatabase):  # type: ignore[misc]  # peewee 3 has no 
         level = "REPEATABLE READ" if mode == Server.read_mode else "READ COMMITTED"
         # Not by peewee's execute_sql, which (before 3.16) commits whatever it has not begun itself.
         connection = self.connection()
+        connection.limit(2 * self.answer_timeout)
         connection.query(f"SET TRANSACTION ISOLATION LEVEL {level}")
         connection.query(f"START TRANSACTION {mode}")
 
