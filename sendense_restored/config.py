@@ -98,6 +98,8 @@ class Image:
 
     chain_depth: int = 128
     """Most layers of a chain, base included."""
+    repositories: tuple[Path, ...] | None = None
+    """Directories that repositories lie in; None for any but the host's own."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,12 @@ def _path(name: str, value: object) -> Path:
     return Path(value)
 
 
+def _paths(name: str, value: object) -> tuple[Path, ...] | None:
+    if not isinstance(value, list):
+        raise ConfigError(f"{name} must be a list of absolute paths such as ['/srv/backups']")
+    return tuple(_path(f"each path of {name}", path) for path in value) or None
+
+
 def _uid_range(name: str, value: object) -> range:
     match = re.fullmatch(r"(\d+)-(\d+)", value) if isinstance(value, str) else None
     if match is None or not 0 < int(match[1]) <= int(match[2]) < 2**32 - 1:
@@ -321,6 +329,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "attach.server_uid": _uid,
     "attach.probe_uid": _uid,
     "image.chain_depth": _count(1, 512),  # QEMU gets the chain as one argument, which may have 128 KiB
+    "image.repositories": _paths,
     "database.url": _database_url,
     "database.catalog_url": _database_url,
     "events.keep": _count(100, 10_000_000),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import errors
 
+from .host.repositories import open_root
 from .store import DiskFile, scan
 
 if TYPE_CHECKING:
@@ -36,21 +37,35 @@ class Scanned:
 class Catalog:
     """Adds to the catalogue after a look at the files."""
 
-    def __init__(self, store: Store, machine: Machine) -> None:
-        self._store, self._machine = store, machine
+    def __init__(self, store: Store, machine: Machine, allowed: Sequence[Path] | None = None) -> None:
+        self._store, self._machine, self._allowed = store, machine, allowed
         self._scanning: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def add_repository(self, name: str, path: str) -> Repository:
         """Record a directory of backups. Raises InvalidOption, CatalogUnavailable."""
-        if not await self._machine.look(Path(path), lambda: os.path.isdir(path), seconds=_SECONDS):  # noqa: PTH112 - any text
+        try:
+            there = await self._machine.look(Path(path), lambda: self._is_there(path), seconds=_SECONDS)
+        except errors.ImageRefused as error:
+            raise errors.InvalidOption(error.message) from None
+        if not there:
             raise errors.InvalidOption("the path is no directory here; mount the storage and give its absolute path")
         return await self._store.add_repository(name, path)
 
+    def _is_there(self, path: str) -> bool:
+        try:
+            fd, _ = open_root(Path(path), self._allowed)
+        except (OSError, ValueError):  # any text may come
+            return False
+        os.close(fd)
+        return True
+
     async def scan(self, repository_id: str) -> Scanned:
-        """Record the backups that lie in a repository. Raises BackupNotFound, Unavailable, CatalogUnavailable."""
+        """Record the backups that lie in a repository. Raises BackupNotFound, Unavailable, ImageRefused."""
         repository = await self._store.repository(repository_id)
         async with self._scanning[repository.id]:  # two at once would only read the same files twice
-            found = await self._machine.look(repository.root, lambda: scan(repository.root), seconds=None)
+            found = await self._machine.look(
+                repository.root, lambda: scan(repository.root, self._allowed), seconds=None
+            )
             return Scanned(await self._store.record_scan(repository_id, found), found.problems)
 
     async def add_backup(

@@ -166,7 +166,18 @@ async def run(settings: config.Config, file: Path, manager: ServiceManager) -> i
         resume = Resume(mounts, store, machine, history, clock)
         sweep = Sweep(mounts, resume, store, machine, history, clock)
         stack.push_async_callback(sweep.close)
-        service.open(bus, Parts(Authority(bus), store, Catalog(store, machine), mounts, sweep, history, machine))
+        service.open(
+            bus,
+            Parts(
+                Authority(bus),
+                store,
+                Catalog(store, machine, settings.image.repositories),
+                mounts,
+                sweep,
+                history,
+                machine,
+            ),
+        )
         # Before the name is ours: no client finds a mount missing that is only not made again yet.
         resumed = await resume.load()
         await bus.own(BUS_NAME)

@@ -60,6 +60,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         probe_uid = 70001
         [image]
         chain_depth = 3
+        repositories = ["/srv/backups", "/mnt/nas"]
         [database]
         url = "sqlite:////tmp/x.db"
         [events]
@@ -77,12 +78,19 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         mounts=config.Mounts(Path("/mnt/x"), 2, 1, 120.0, 10800.0, 172800.0, 300.0, 30.0),
         limits=config.Limits(5, 2, 3 << 30),
         attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), 70000, 70001),
-        image=config.Image(3),
+        image=config.Image(3, (Path("/srv/backups"), Path("/mnt/nas"))),
         database=config.Database("sqlite:////tmp/x.db"),
         events=config.Events(500, 86400.0),
         readers=config.Readers(range(80000, 80002), 5.0),
         paths=config.Paths(Path("/run/x")),
     )
+
+
+@pytest.mark.parametrize("text", ['"/srv"', '["srv"]', '["/srv/../etc"]', "[5]", "true"])
+def test_repositories_lie_in_a_list_of_directories(tmp_path: Path, text: str) -> None:
+    assert parsed("[image]\nrepositories = []", tmp_path).image.repositories is None
+    with pytest.raises(ConfigError, match=r"image\.repositories"):
+        parsed(f"[image]\nrepositories = {text}", tmp_path)
 
 
 @pytest.mark.parametrize("seconds", ["59", '"25h"'])

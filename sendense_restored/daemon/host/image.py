@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 from sendense_restored import errors, linux, names
 
 from .qcow2 import Header, Qcow2Error, check_mapping, read_header
+from .repositories import open_root
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 Format = Literal["qcow2", "raw"]
 Locking = Literal["auto", "off"]
@@ -102,18 +103,20 @@ class Image:
         self.close()
 
 
-def open_chain(repository: Path, top: str, *, depth: int) -> Image:
+def open_chain(repository: Path, top: str, *, depth: int, allowed: Sequence[Path] | None = None) -> Image:
     """Open and check the chain that begins at ``top``, a path inside ``repository`` or relative to it.
 
-    Blocks as long as the repository's storage does: call it in a thread. ``depth`` is the most layers. Errors of a
-    layer name it by its number (1 is the top) and its path in the repository. Raises
+    Blocks as long as the repository's storage does: call it in a thread. ``depth`` is the most layers; ``allowed``:
+    see ``repositories``. Errors of a layer name it by its number (1 is the top) and its path in the repository. It
+    raises
 
-    - ImageRefused: a layer is damaged or not allowed, or a backing file is missing, which breaks the chain;
+    - ImageRefused: the repository is not allowed; a layer is damaged or not allowed, or a backing file is missing,
+      which breaks the chain;
     - BackupNotFound: the top itself is missing: the catalogue has a backup that the repository has not;
     - BackupNotReady: some program is writing to a layer;
     - Unavailable: the storage cannot be read.
     """
-    with _Repository.open(repository) as root, contextlib.ExitStack() as descriptors:
+    with _Repository.open(repository, allowed) as root, contextlib.ExitStack() as descriptors:
         path = root.locate(top, PurePosixPath())
         if path is None:
             raise errors.ImageRefused("the disk's path is not inside its repository; correct the catalogue")
@@ -212,17 +215,16 @@ class _Repository:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[_Repository]:
-        """Hold ``path`` open. Raises errors.Unavailable."""
+    def open(cls, path: Path, allowed: Sequence[Path] | None) -> Iterator[_Repository]:
+        """Hold ``path`` open. Raises errors.Unavailable, ImageRefused."""
         try:
-            spellings = (PurePosixPath(path), PurePosixPath(path.resolve(strict=True)))
-            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd, real = open_root(path, allowed)
         except OSError as error:
             raise errors.Unavailable(
                 f"the repository cannot be reached ({error.strerror}); check that its storage is mounted"
             ) from None
         try:
-            yield cls(fd, spellings)
+            yield cls(fd, (PurePosixPath(path), real))
         finally:
             os.close(fd)
 

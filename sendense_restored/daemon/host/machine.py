@@ -134,11 +134,11 @@ class Machine:
 
     async def open_image(self, repository: Path, path: str) -> Image:
         """Open and check a disk's chain; see ``image.open_chain``."""
-        depth = self._config.image.chain_depth
+        depth, allowed = self._config.image.chain_depth, self._config.image.repositories
         try:
             return await self._threads.run(
                 str(repository),
-                lambda: image.open_chain(repository, path, depth=depth),
+                lambda: image.open_chain(repository, path, depth=depth, allowed=allowed),
                 seconds=self._config.attach.timeout,
                 discard=image.Image.close,
             )

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import errors, linux, names
 from sendense_restored.daemon.host.qcow2 import Qcow2Error, read_header
+from sendense_restored.daemon.host.repositories import open_root
 
 from .records import DiskFile, Found, FoundBackup, Problem
 
@@ -53,15 +54,15 @@ class _File:
     modified: float
 
 
-def scan(repository_root: Path) -> Found:
-    """Find the backups in the directory ``repository_root``.
+def scan(repository_root: Path, allowed: Sequence[Path] | None = None) -> Found:
+    """Find the backups in the directory ``repository_root``. ``allowed``: see ``host.repositories``.
 
-    Raises Unavailable if the directory itself cannot be read.
+    Raises Unavailable if the directory itself cannot be read, and ImageRefused if it may not be.
     """
     try:
-        root = os.open(repository_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        root, real = open_root(repository_root, allowed, os.O_RDONLY)
         try:
-            return _Scan(root, (PurePosixPath(repository_root), PurePosixPath(repository_root.resolve()))).run()
+            return _Scan(root, (PurePosixPath(repository_root), real)).run()
         finally:
             os.close(root)
     except OSError as error:
