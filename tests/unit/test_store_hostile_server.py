@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from sendense_restored.daemon.store import Store, StoreUnreachableError
+from sendense_restored.daemon.store import Store, StoreError, StoreUnreachableError
 from sendense_restored.errors import CatalogUnavailable
 
 if TYPE_CHECKING:
@@ -192,3 +192,15 @@ async def test_no_password_goes_in_clear_text_over_a_network(
         async with await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5):
             pass
         assert b"SECRET" in server.heard
+
+
+async def test_what_a_server_says_is_shown_within_bounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evil = b"\xff\x50\x04#42000evil\nJan  1 host sudo: \x1b[2J\xe2\x80\xae" + b"A" * 100_000
+    async with listening(Server(rows=answer(evil)), tmp_path / "socket") as url:
+        await (await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5)).close()
+    async with listening(Server(packet(0, evil)), tmp_path / "another") as url:
+        with pytest.raises(StoreError) as refused:
+            await Store.open(url, busy_timeout=5)
+    for text in (str(refused.value), *caplog.messages):
+        assert len(text) < 1000
+        assert not set(text) & set("\n\x1b\u202e")

@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from sendense_restored import names
 from sendense_restored.errors import CatalogUnavailable, InvalidOption
 
 from .engine import Trouble
@@ -139,7 +140,7 @@ class Database:
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: Exception) -> CatalogUnavailable:
-        log.warning("not using %s: %s", self.name, error)
+        log.warning("not using %s: %s", self.name, names.displayable(f"{error!s:.500}"))
         return CatalogUnavailable(f"{self._what} {self._engine.advice(error)}")
 
     async def close(self) -> None:

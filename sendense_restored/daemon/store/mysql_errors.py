@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from pymysql.err import MySQLError
 
+from sendense_restored import names
+
 DANGLING = 1452
 """A row refers to one that is not there."""
 CONFLICT = frozenset({1020, 1205, 1213})
 """Another transaction was in the way."""
 DENIED = frozenset({1044, 1045, 1142, 1143, 1227, 1370, 1698})
 """The account may not do that."""
-MISSING = frozenset({1049, 1054, 1146, 1356})
-"""There is no such database, table or column."""
+MISSING = frozenset({1049, 1054, 1146, 1356, 1449})
+"""There is no such database, table or column, or a view lacks what it needs."""
 UNREACHABLE = 2003
 """No server answered."""
 UNPROVEN = 2059
@@ -34,6 +36,10 @@ LOST = frozenset({0, 1040, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1203, 1317,
 """There is no connection (any more)."""
 
 
+_MOST_SAID = 500
+"""Characters."""
+
+
 def code_of(error: BaseException) -> int | None:
     """The number of an error of the server or the driver; None for one of peewee's own.
 
@@ -47,6 +53,6 @@ def code_of(error: BaseException) -> int | None:
 
 
 def said(error: BaseException) -> str:
-    """What the server said, in words."""
+    """What the server said, in words: some, and such as may stand in a log."""
     texts = [part for part in error.args if isinstance(part, str)]
-    return texts[-1] if texts else str(error)
+    return names.displayable((texts[-1] if texts else str(error))[:_MOST_SAID])
