@@ -8,6 +8,7 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from sendense_restored.daemon.store import ClaimRow, MountStatus, Store, StoreEr
 from sendense_restored.daemon.store.database import Database
 from sendense_restored.daemon.store.engine import here
 from sendense_restored.daemon.store.migrations import MARKER, Migration
-from sendense_restored.daemon.store.migrations_mysql import MIGRATIONS, migrate
+from sendense_restored.daemon.store.migrations_mysql import _MARKER_TABLE, MIGRATIONS, migrate
 from sendense_restored.daemon.store.models import RECORDS, BackupJob, RestoreMount, bind_to_thread
 from sendense_restored.daemon.store.mysql import Server as Engine
 from sendense_restored.database_url import MysqlUrl
@@ -1033,6 +1034,53 @@ async def test_what_the_appliance_calls_its_machines(store: Store, place: Place)
     ):
         place.appliance.insert("vm_backup_contexts", context_id=context_id, vm_name=name, repository_id=repository)
     assert await contexts() == {"web": "ctx-2", "db": "ctx-4", "new": "new"}
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        "CREATE VIEW vm_backup_contexts AS SELECT context_id, vm_name FROM contexts",
+        "CREATE DEFINER = nobody@nowhere VIEW vm_backup_contexts AS SELECT * FROM contexts",
+        "CREATE VIEW vm_backup_contexts AS SELECT * FROM gone",
+    ],
+)
+async def test_contexts_that_cannot_be_read_leave_machines_their_names(
+    store: Store, place: Place, view: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.appliance.add("b1")
+    for statement in (CONTEXTS, "RENAME TABLE vm_backup_contexts TO contexts", "CREATE TABLE gone (x INT)", view):
+        place.appliance.execute(statement)
+    place.appliance.execute("DROP TABLE gone")
+    assert [vm.context_id for vm in (await store.vms())[0]] == ["web"]
+    assert caplog.text.count("virtual machines go by their names") == 1
+
+
+async def test_of_huge_texts_no_more_is_fetched_than_shows_it(store: Store, place: Place) -> None:
+    place.appliance.execute("ALTER TABLE backup_jobs DROP INDEX vm_name, MODIFY vm_name LONGTEXT")
+    place.appliance.add("b0")
+    for number in range(1, 10):
+        place.appliance.add(f"b{number}", vm_name="x" * 1_000_000)
+    begun = time.process_time()
+    assert [backup.id for backup in (await store.backups())[0]] == ["b0"]
+    assert [vm.vm_name for vm in (await store.vms())[0]] == ["web"]
+    assert time.process_time() - begun < 1
+    place.appliance.execute(
+        "UPDATE backup_repositories SET config = CONCAT('{\"path\":\"/', REPEAT('x', 70000), '\"}')"
+    )
+    with pytest.raises(errors.CatalogUnavailable, match="more than 65536 characters"):
+        await store.repository("main")
+
+
+@pytest.mark.parametrize("name", ["restore_mounts", "restore_claims"])
+async def test_a_marker_without_marks_makes_no_table_ours(place: Place, name: str) -> None:
+    place.server.execute(_MARKER_TABLE, database=place.records)
+    place.server.execute(f"CREATE TABLE {name} (x INT)", database=place.records)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"did not make.*{name}"):
+            await place.open()
+    place.server.execute(f"DROP TABLE {name}", database=place.records)
+    async with await place.open():
+        pass
 
 
 def test_the_tables_of_the_test_are_not_ours() -> None:

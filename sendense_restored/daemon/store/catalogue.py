@@ -25,18 +25,20 @@ from . import cursors
 from .engine import here
 from .models import BackupDiskRow, BackupJob, BackupRepository
 from .records import Backup, BackupDisk, Repository
-from .rows import NO_DATE, Row, fetch, in_parts, meant, paged
+from .rows import NO_DATE, Row, Shortened, fetch, in_parts, is_text, last_cursor, meant, paged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 GIB = 1 << 30
 _LONGEST_ID = 64
 _LARGEST_INDEX = 2**32 - 1
+_LONGEST_CONFIG = 64 << 10
+"""Characters."""
 
 _JOB = {
     "id": BackupJob.id,
-    "vm_name": BackupJob.vm_name,
+    "vm_name": Shortened(BackupJob.vm_name),
     "repository_id": BackupJob.repository,
     "backup_type": BackupJob.backup_type,
     "status": BackupJob.status,
@@ -51,16 +53,16 @@ _DISK = {
     "id": BackupDiskRow.id,
     "backup_job_id": BackupDiskRow.backup_job,
     "disk_index": BackupDiskRow.disk_index,
-    "qcow2_path": BackupDiskRow.qcow2_path,
+    "qcow2_path": Shortened(BackupDiskRow.qcow2_path),
     "size_gb": BackupDiskRow.size_gb,
     "status": BackupDiskRow.status,
 }
 _REPOSITORY = {
     "id": BackupRepository.id,
-    "name": BackupRepository.name,
+    "name": Shortened(BackupRepository.name),
     "repository_type": BackupRepository.repository_type,
     "enabled": BackupRepository.enabled,
-    "config": BackupRepository.config,
+    "config": Shortened(BackupRepository.config, _LONGEST_CONFIG),
     "is_immutable": BackupRepository.is_immutable,
 }
 
@@ -93,14 +95,14 @@ def repositories() -> list[Repository]:
     exact = here().exact
     query = BackupRepository.select(*_REPOSITORY.values())
     query = query.order_by(exact(BackupRepository.name), exact(BackupRepository.id))
-    return list(meant(fetch(query, BackupRepository, _REPOSITORY), _repository, "repository"))
+    return meant(fetch(query, BackupRepository, _REPOSITORY), _repository, "repository")
 
 
 def _repository(row: Row) -> Repository:
     repository_id = row.text("id", longest=_LONGEST_ID)
     name = row.text("name", repository_id)
     try:
-        config = json.loads(row.text("config"))
+        config = json.loads(row.text("config", longest=_LONGEST_CONFIG))
     except (ValueError, RecursionError):
         config = None
     root = (config.get("path") or config.get("mount_point")) if isinstance(config, dict) else None
@@ -121,7 +123,7 @@ def _repository(row: Row) -> Repository:
 
 def is_plain(path: str) -> bool:
     """Whether a path is absolute and leads where it seems to."""
-    return path.startswith("/") and ".." not in path.split("/") and "\0" not in path
+    return path.startswith("/") and ".." not in path.split("/") and is_text(path)
 
 
 # Backups
@@ -162,12 +164,20 @@ def backups(
     # NULL is less than all times, with both engines: what has no time comes last.
     query = query.order_by(BackupJob.created_at.desc(), exact(BackupJob.id).desc())
 
-    def convert(rows: Sequence[Row]) -> Iterator[tuple[Place, Backup]]:
+    def prepare(rows: Sequence[Row]) -> Callable[[Row], tuple[Place, Backup]]:
         disks = _disks(_ids(rows))
-        return meant(rows, lambda row: (_place(row), _backup(row, disks)), "backup")
+        return lambda row: (_place(row), _backup(row, disks))
 
-    page, more = paged(query, BackupJob, _JOB, limit, convert)
-    return [found for _, found in page], encode_cursor(page[-1][0]) if more else ""
+    page, more, stopped = paged(query, BackupJob, _JOB, limit, prepare, "backup")
+    after = encode_cursor(page[-1][0]) if more else last_cursor(stopped, _cursor)
+    return [found for _, found in page], after
+
+
+def _cursor(row: Row) -> str:
+    """The cursor of a place that may mean nothing; raises InvalidOption then."""
+    cursor = encode_cursor(_place(row))
+    decode_cursor(cursor)
+    return cursor
 
 
 def _place(row: Row) -> Place:

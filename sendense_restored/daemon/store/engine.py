@@ -44,8 +44,14 @@ class Dialect(Protocol):
     def exact(self, column: peewee.Node) -> Any:  # noqa: ANN401  # an expression of peewee's, which has no types
         """The column's text, to be compared and ordered byte by byte whatever the collation of its table."""
 
+    def beginning(self, column: peewee.Node, characters: int) -> Any:  # noqa: ANN401  # see above
+        """The column's text, of which at least so many characters are needed; more of it may not be fetched."""
+
     def has_table(self, name: str) -> bool:
         """Whether there is a table or view of that name that may be looked into."""
+
+    def is_missing(self, error: peewee.DatabaseError) -> bool:
+        """Whether a table is not what it should be, or may not be read."""
 
     def is_dangling(self, error: peewee.IntegrityError) -> bool:
         """Whether a row was refused because what it refers to is not there."""

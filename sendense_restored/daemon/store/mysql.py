@@ -238,9 +238,15 @@ class _Database(peewee.MySQLDatabase):  # type: ignore[misc]  # peewee 3 has no 
         # As binary text: even the binary collations of text take "a" and "a " for the same.
         return peewee.NodeList((peewee.SQL("CAST(CONVERT("), column, peewee.SQL("USING utf8mb4) AS BINARY)")))
 
+    def beginning(self, column: peewee.Node, characters: int) -> Any:  # noqa: ANN401
+        return peewee.fn.LEFT(column, characters)
+
     def has_table(self, name: str) -> bool:
         query = "SELECT 1 FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = %s"
         return self.execute_sql(query, (name,)).fetchone() is not None
+
+    def is_missing(self, error: peewee.DatabaseError) -> bool:
+        return code_of(error) in MISSING | DENIED
 
     def is_dangling(self, error: peewee.IntegrityError) -> bool:
         return code_of(error) == DANGLING

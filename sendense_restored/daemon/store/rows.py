@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from sendense_restored.errors import CatalogUnavailable
+import peewee
+
+from sendense_restored.errors import CatalogUnavailable, InvalidOption
 
 from .engine import here
 from .models import table_of, to_stored
@@ -22,14 +25,19 @@ from .models import table_of, to_stored
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    import peewee
-
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 LARGEST = 2**63 - 1
+LONGEST_TEXT = 4096
+"""Characters of a text that may be one: names and paths have fewer."""
 _KEYS_AT_ONCE = 500
+_ROWS_AT_ONCE = 500
+"""When more rows are needed than were asked for: all queries but the first fetch as many."""
+_MOST_PASSED = 5000
+"""Rows that mean nothing, after which a page ends with what was found."""
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 NO_DATE = "0000-00-00"
 """MySQL's other NULL."""
 _YES = {"1", "y", "yes", "t", "true", "on"}
@@ -47,11 +55,13 @@ class Row:
         """What it is called in the log: its first column."""
         return f"{next(iter(self._values.values()))!r:.80}"
 
-    def text(self, column: str, default: str = "", *, longest: int = 0) -> str:
+    def text(self, column: str, default: str = "", *, longest: int = LONGEST_TEXT) -> str:
         """A text; ``default`` for NULL. ``longest``: characters that it may have."""
         value = self._values[column]
         if value is None:
             return default
+        if isinstance(value, str | bytes | bytearray) and len(value) > 4 * longest:  # not looked at any closer
+            raise self._broken(column, f"more than {longest} characters")
         if isinstance(value, bytes | bytearray):
             try:
                 value = value.decode()
@@ -61,9 +71,9 @@ class Row:
             value = str(value)
         if not isinstance(value, str):
             raise self._broken(column, "something else than text")
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_text(value):
             raise self._broken(column, "characters that no text has")
-        if 0 < longest < len(value):
+        if len(value) > longest:
             raise self._broken(column, f"more than {longest} characters")
         return value
 
@@ -144,13 +154,45 @@ def fetch(query: peewee.Query, model: type[peewee.Model], columns: Iterable[str]
     return [Row(table, dict(zip(names, values, strict=True))) for values in rows]
 
 
-def meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> Iterator[_T]:
-    """What rows mean. Those that mean nothing are logged and left out: the others still serve."""
-    for row in rows:
-        try:
-            yield convert(row)
-        except CatalogUnavailable as error:
-            log.warning("not listing %s %s: %s", what, row.label, error)
+class Shortened(peewee.WrappedNode):  # type: ignore[misc]  # peewee 3 has no type information
+    """A text as it is selected: no more of it than shows that it is too long."""
+
+    def __init__(self, column: peewee.Node, longest: int = LONGEST_TEXT) -> None:
+        super().__init__(column)
+        self._characters = longest + 1
+
+    def __sql__(self, ctx: peewee.Context) -> peewee.Context:
+        """See peewee."""
+        return ctx.sql(here().beginning(self.node, self._characters))
+
+
+class _Meant(Generic[_T]):
+    """What rows mean. Those that mean nothing are left out, since the others still serve, and told of once."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._first, self._more = what, "", 0
+
+    def of(self, rows: Iterable[Row], convert: Callable[[Row], _T]) -> Iterator[_T]:
+        for row in rows:
+            try:
+                yield convert(row)
+            except CatalogUnavailable as error:
+                self._more += bool(self._first)
+                self._first = self._first or f"{row.label}%s: {error}"
+
+    def tell(self) -> None:
+        if self._first:
+            label, _, why = self._first.partition("%s")
+            more = f" and {self._more} more, the first" if self._more else ""
+            log.warning("not listing %s %s%s%s", self._what, label, more, why)
+
+
+def meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> list[_T]:
+    """What rows mean, without those that mean nothing; the log has a line about those."""
+    found: _Meant[_T] = _Meant(what)
+    things = list(found.of(rows, convert))
+    found.tell()
+    return things
 
 
 def paged(
@@ -158,17 +200,44 @@ def paged(
     model: type[peewee.Model],
     columns: Iterable[str],
     limit: int,
-    convert: Callable[[Sequence[Row]], Iterable[_T]],
-) -> tuple[list[_T], bool]:
-    """The first ``limit`` things that rows of a query mean, and whether there are more."""
+    prepare: Callable[[Sequence[Row]], Callable[[Row], _T]],
+    what: str,
+) -> tuple[list[_T], bool, Sequence[Row]]:
+    """The first ``limit`` things that rows of a query mean, and whether there are more.
+
+    ``prepare`` is given rows and gives what they are converted with. After too many that mean nothing the page ends;
+    the last rows that were looked at are given then.
+    """
+    names = list(columns)
+    meaning: _Meant[_T] = _Meant(what)
     found: list[_T] = []
-    passed = 0
+    passed, size = 0, limit + 1
+    stopped: Sequence[Row] = ()
     while True:
-        rows = fetch(query.limit(limit + 1).offset(passed), model, columns)
-        found += convert(rows)
+        rows = fetch(query.limit(size).offset(passed), model, names)
+        found += meaning.of(rows, prepare(rows))
         passed += len(rows)
-        if len(found) > limit or len(rows) <= limit:
-            return found[:limit], len(found) > limit
+        if len(found) > limit or len(rows) < size:
+            break
+        if passed - len(found) >= _MOST_PASSED:
+            stopped = rows
+            break
+        size = max(limit + 1, _ROWS_AT_ONCE)
+    meaning.tell()
+    return found[:limit], len(found) > limit, stopped
+
+
+def last_cursor(rows: Sequence[Row], cursor_of: Callable[[Row], str]) -> str:
+    """The cursor of the last of these rows that one can go on from; empty if there is none."""
+    for row in reversed(rows):
+        with contextlib.suppress(CatalogUnavailable, InvalidOption):
+            return cursor_of(row)
+    return ""
+
+
+def is_text(value: str) -> bool:
+    """Whether characters are all such as a text has, and can be encoded."""
+    return _NO_TEXT.search(value) is None
 
 
 def in_parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:

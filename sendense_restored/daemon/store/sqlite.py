@@ -40,9 +40,15 @@ class _Database(peewee.SqliteDatabase):  # type: ignore[misc]  # peewee 3 has no
     def exact(self, column: peewee.Node) -> Any:  # noqa: ANN401
         return column.collate("BINARY")
 
+    def beginning(self, column: peewee.Node, characters: int) -> Any:  # noqa: ANN401, ARG002
+        return column  # SUBSTR ends a text at NUL, which then would not be told
+
     def has_table(self, name: str) -> bool:
         found = self.execute_sql("SELECT 1 FROM sqlite_master WHERE name = ? AND type IN ('table', 'view')", (name,))
         return found.fetchone() is not None
+
+    def is_missing(self, error: peewee.DatabaseError) -> bool:
+        return "no such" in str(error)
 
     def is_dangling(self, error: peewee.IntegrityError) -> bool:
         return "FOREIGN KEY" in str(error)

@@ -6,6 +6,7 @@ how a catalogue is read that is not ours.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import peewee
@@ -14,16 +15,18 @@ from . import cursors
 from .engine import here
 from .models import BackupJob, VmContext, table_of
 from .records import Vm
-from .rows import Row, fetch, in_parts, meant, paged
+from .rows import LONGEST_TEXT, Row, Shortened, fetch, in_parts, last_cursor, meant, paged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
+
+log = logging.getLogger(__name__)
 
 _VM = "vm:"
 _CONTEXT = {
-    "context_id": VmContext.context_id,
-    "vm_name": VmContext.vm_name,
+    "context_id": Shortened(VmContext.context_id),
+    "vm_name": Shortened(VmContext.vm_name),
     "repository_id": VmContext.repository_id,
 }
 
@@ -37,6 +40,7 @@ class _Counted(NamedTuple):
     newest: datetime | None
 
 
+_TABLE = VmContext._meta.table_name  # noqa: SLF001  # peewee's public face
 _COUNTED = ("vm_name", "backups", "created_at")
 
 
@@ -44,7 +48,9 @@ def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
     """A page of the virtual machines that have backups, by name, and the cursor of the next. Raises InvalidOption."""
     cursors.check_limit(limit)
     name = here().exact(BackupJob.vm_name)
-    query = BackupJob.select(name, peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at))
+    query = BackupJob.select(
+        Shortened(name, 4 * LONGEST_TEXT), peewee.fn.COUNT(BackupJob.id), peewee.fn.MAX(BackupJob.created_at)
+    )
     query = query.where(BackupJob.vm_name.is_null(is_null=False))
     if cursor:
         place = cursors.decode(cursor, "virtual machines")
@@ -52,10 +58,8 @@ def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
             raise cursors.foreign("virtual machines")
         query = query.where(name > place.removeprefix(_VM))
 
-    def convert(rows: Sequence[Row]) -> Iterator[_Counted]:
-        return meant(rows, _counted, "virtual machine")
-
-    page, more = paged(query.group_by(name).order_by(name), BackupJob, _COUNTED, limit, convert)
+    query = query.group_by(name).order_by(name)
+    page, more, stopped = paged(query, BackupJob, _COUNTED, limit, lambda _: _counted, "virtual machine")
     repositories = _newest_in(page)
     contexts = _contexts([vm.name for vm in page])
     found = []
@@ -64,7 +68,11 @@ def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
         known = contexts.get(vm.name, {})
         context_id = known.get(repository_id) or min(known.values(), default=vm.name)
         found.append(Vm(context_id, vm.name, repository_id, vm.backups, vm.newest))
-    return found, cursors.encode(_VM + page[-1].name) if more else ""
+    return found, cursors.encode(_VM + page[-1].name) if more else last_cursor(stopped, _cursor)
+
+
+def _cursor(row: Row) -> str:
+    return cursors.encode(_VM + row.text("vm_name"))
 
 
 def _counted(row: Row) -> _Counted:
@@ -92,7 +100,13 @@ def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
         for some in in_parts(names):
             query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
             # Of several the first: it comes last, in the place of those before it.
-            rows = fetch(query.order_by(here().exact(VmContext.context_id).desc()), VmContext, _CONTEXT)
+            try:
+                rows = fetch(query.order_by(here().exact(VmContext.context_id).desc()), VmContext, _CONTEXT)
+            except peewee.DatabaseError as error:
+                if not here().is_missing(error):
+                    raise
+                log.warning("virtual machines go by their names: %s cannot be read: %s", table_of(VmContext), error)
+                return {}
             for context_id, name, repository_id in meant(rows, _context, "virtual machine"):
                 found.setdefault(name, {})[repository_id] = context_id
     return found
