@@ -74,7 +74,7 @@ MEMBERS = [
     Member("InUse", MANAGER, "a{sv}", (), "list-backups"),
     Member("CleanupNow", MANAGER, "a{sv}", (), "manage"),
     Member("ListMounts", MANAGER, "a{sv}", (), "read"),
-    Member("AddRepository", CATALOG, "ssa{sv}", ("other", "/"), "manage"),
+    Member("AddRepository", CATALOG, "ssa{sv}", ("other", "/tmp"), "manage"),
     Member("RemoveRepository", CATALOG, "sa{sv}", ("other",), "manage"),
     Member("Scan", CATALOG, "sa{sv}", ("main",), "manage"),
     Member("AddBackup", CATALOG, "a{sv}a{sv}", (_NEW,), "manage"),

@@ -57,6 +57,9 @@ class Server:
     def start(self) -> None:
         """Run; returns once it answers."""
         ready = self._directory / "ready"
+        # Of its own: a server that starts removes the temporary tables of all others in the same directory.
+        temporary = self._directory / "tmp"
+        temporary.mkdir(exist_ok=True)
         with (
             contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as told,
             contextlib.ExitStack() as undo,
@@ -66,7 +69,7 @@ class Server:
             told.settimeout(_SECONDS)
             argv = [
                 *(_SERVER, "--no-defaults", f"--datadir={self._directory}/data", f"--socket={self.socket}"),
-                *(f"--pid-file={self._directory}/pid", *_as_root(), *_OPTIONS),
+                *(f"--pid-file={self._directory}/pid", f"--tmpdir={temporary}", *_as_root(), *_OPTIONS),
             ]
             log = self._directory / "log"
             self._process = self._running.enter_context(
