@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FIRST_BACK_OFF = 30.0
 """Seconds after which a mount that could not be closed, because somebody reads, is tried again; doubled each time."""
 LONGEST_BACK_OFF = 900.0
+_SOONEST = 1.0
+"""Seconds between two looks at a mount that is held, however short its claims are."""
 
 
 class Holder(NamedTuple):
@@ -146,6 +148,6 @@ class Lease:
         if self.held:
             # Nothing runs out meanwhile; but what is written down does, and a crash would leave no more than that.
             shortest = min((claim.timeout for claim in self.claims.values()), default=math.inf)
-            return min(self._clock.now() + shortest / 2, self.ends)
+            return min(self._clock.now() + max(shortest / 2, _SOONEST), self.ends)
         first = min((claim.expires for claim in self.claims.values()), default=math.inf)
         return min(max(first, self._not_before), self.ends)

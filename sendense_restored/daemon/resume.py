@@ -5,6 +5,9 @@ service has its name, so that no client ever finds one missing; building goes on
 the other: the number of attempts is written down *before* each, and if an image brings down the machine, that one
 alone is blamed. After two attempts it has failed. A stop in good order sets the number back.
 
+Whoever may write the database grants mounts, but no more than that: an id becomes a path, a uid a right and a time an
+alarm only if the service itself could have written them.
+
 What a wish means stands in the catalogue. As long as that cannot be read, a wish stays what it is, and the sweep asks
 for it again. Nothing else is ever made of a row: one that was not there at the start is nobody's wish, who could have
 asked for it, and was allowed to, over the bus.
@@ -14,10 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from sendense_restored import errors, names
+from sendense_restored.config import SHORTEST_IDLE_TIMEOUT
 
 from .ended import REMEMBERED
 from .events import SERVICE
@@ -41,6 +46,9 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 2
 PAUSE = 30.0
 """Seconds between two attempts: storage that is mounted late, after a reboot, may be there then."""
+
+
+_LARGEST_UID = 2**32 - 2
 
 
 class _UnreadableError(Exception):
@@ -84,7 +92,11 @@ class Resume:
     async def _consider(self, row: MountRow, claims: Sequence[ClaimRow]) -> bool:
         """Take a mount in if it is wished for; whether it was. Raises _UnreadableError."""
         now = self._clock.unix()
-        valid = [claim for claim in claims if claim.expires_at is None or claim.expires_at.timestamp() > now]
+        valid = [
+            claim
+            for claim in claims
+            if (claim.expires_at is None or claim.expires_at.timestamp() > now) and 0 <= claim.uid <= _LARGEST_UID
+        ]
         if reason := self._over(row, valid):
             await self._end(row, reason)
             return False
@@ -112,6 +124,8 @@ class Resume:
 
     def _over(self, row: MountRow, claims: Sequence[ClaimRow]) -> str:
         """Why a row is no wish any more; empty if it is one."""
+        if not _is_id(row.id):
+            return "its row was not written by the service: its id is none"
         if row.status is MountStatus.UNMOUNTING:
             return "it was being unmounted when the service ended"
         if row.status is MountStatus.FAILED:
@@ -141,16 +155,17 @@ class Resume:
     def _take_in(self, session: Session, row: MountRow, claims: Sequence[ClaimRow]) -> None:
         now, unix = self._clock.now(), self._clock.unix()
         lease = Lease(self._clock, ends=now + self._lifetime(row))
-        lease.used = min(now + row.last_accessed_at.timestamp() - unix, now)
+        lease.used = min(now + max(row.last_accessed_at.timestamp(), 0.0) - unix, now)
         for claim in claims:
-            left = claim.expires_at.timestamp() - unix if claim.expires_at is not None else claim.timeout
+            timeout = min(max(SHORTEST_IDLE_TIMEOUT, claim.timeout), self._mounts.config.mounts.max_idle_timeout)
+            left = claim.expires_at.timestamp() - unix if claim.expires_at is not None else timeout
             # Its last use was before now by as much as is missing of its time.
-            used = now - max(claim.timeout - left, 0.0)
+            used = now - max(timeout - left, 0.0)
             holder = Holder(claim.uid, claim.on_behalf_of)
-            lease.claims[holder] = Claim(int(claim.since.timestamp()), claim.timeout, used)
+            lease.claims[holder] = Claim(max(int(claim.since.timestamp()), 0), timeout, used)
         mount = self._mounts.register(session, lease)
         mount.written = True
-        self._mounts.build(mount, self._build(mount, row.resume_attempts))
+        self._mounts.build(mount, self._build(mount, max(row.resume_attempts, 0)))
 
     async def _build(self, mount: Mount, attempts: int) -> None:
         """Make a mount when its turn has come, within the attempts that are left. Raises the last one's error."""
@@ -201,3 +216,11 @@ class Resume:
             await over.wait()
         finally:
             timer.cancel()
+
+
+def _is_id(text: str) -> bool:
+    """Whether it is an id as the service gives them to mounts."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False

@@ -73,6 +73,13 @@ def test_a_claim_that_is_renewed_takes_the_new_time_and_keeps_its_beginning(leas
     assert (again.since, again.expires) == (since, leased.clock.now() + 60)
 
 
+@pytest.mark.parametrize("timeout", [0.0, -5.0, 1e-9])
+def test_a_mount_that_is_held_is_not_looked_at_without_end(leased: Leased, timeout: float) -> None:
+    leased.lease.claim(ANNA, timeout)
+    with leased.lease.hold(ANNA.uid):
+        assert leased.lease.next >= leased.clock.now() + 1
+
+
 def test_whom_a_caller_speaks_for(leased: Leased) -> None:
     for holder in (ANNA, BERT, CAROL):
         leased.lease.claim(holder, 600)

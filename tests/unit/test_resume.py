@@ -327,6 +327,40 @@ async def test_a_row_of_the_catalogue_that_means_nothing_ends_neither_start_nor_
     await built(house, house.mounts.get(mount.id))
 
 
+@pytest.mark.parametrize("mount_id", ["../../../etc", "", "x", "{id}/..", "urn:uuid:{id}", "{ID}", "{{{id}}}"])
+async def test_a_row_with_an_id_of_others_making_is_no_mount(house: House, tmp_path: Path, mount_id: str) -> None:
+    mount = await house.mount()
+    await end(house, "crashed")
+    text = mount_id.format(id=mount.id, ID=mount.id.upper())
+    if text == mount.id:  # no letters in it
+        return
+    connection = sqlite3.connect(tmp_path / "restore.db", isolation_level=None)
+    connection.execute("UPDATE restore_mounts SET id = ?", (text,))
+    connection.execute("UPDATE restore_claims SET mount_id = ?", (text,))
+    connection.close()
+    assert await house.resume.load() == 0
+    assert await house.rows() == {}
+    assert list(house.mounts) == []
+
+
+async def test_rows_of_others_making_grant_no_more_than_the_service_would(house: House, tmp_path: Path) -> None:
+    mount = await house.mount(idle_timeout=600)
+    await house.mount(BERT, idle_timeout=600)
+    await house.mount(1009, idle_timeout=600)
+    await end(house, "crashed")
+    sql(tmp_path, f"UPDATE restore_claims SET idle_timeout = 1e300, expires_at = NULL WHERE uid = {ANNA}")
+    sql(tmp_path, f"UPDATE restore_claims SET idle_timeout = -1, expires_at = NULL WHERE uid = {BERT}")
+    sql(tmp_path, "UPDATE restore_claims SET uid = 4294967295, expires_at = NULL WHERE uid = 1009")
+    sql(tmp_path, "UPDATE restore_claims SET since = '0001-01-01 00:00:00.000000+00:00'")
+    sql(tmp_path, "UPDATE restore_mounts SET resume_attempts = -1000000")
+    await house.resume.load()
+    again = house.mounts.get(mount.id)
+    await built(house, again)
+    assert {holder.uid: claim.timeout for holder, claim in again.lease.claims.items()} == {ANNA: 86_400, BERT: 60}
+    assert all(claim.since >= 0 for claim in again.lease.claims.values())
+    assert {row.resume_attempts for row in await house.store.mount_rows()} == {1}
+
+
 async def test_a_backup_that_leaves_the_catalogue_closes_its_mount(house: House, tmp_path: Path) -> None:
     mount = await house.mount()
     house.simulator.busy.add("partition-1")
