@@ -40,7 +40,6 @@ class _Counted(NamedTuple):
     newest: datetime | None
 
 
-_TABLE = VmContext._meta.table_name  # noqa: SLF001  # peewee's public face
 _COUNTED = ("vm_name", "backups", "created_at")
 
 
