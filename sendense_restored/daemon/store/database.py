@@ -48,9 +48,9 @@ class Database:
     ``what`` it is begins the sentences that clients are told when it fails.
     """
 
-    def __init__(self, engine: Engine, what: str) -> None:
+    def __init__(self, engine: Engine, what: str, *, ours: bool = True) -> None:
         self.name = engine.name
-        self._engine, self._what = engine, what
+        self._engine, self._what, self._ours = engine, what, ours
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._closing: Future[None] | None = None
 
@@ -60,7 +60,7 @@ class Database:
 
         One of others is connected to when it is used.
         """
-        self = cls(engine, what)
+        self = cls(engine, what, ours=ours)
         try:
             await self._do(self._prepare if ours else self._bind)
         except BaseException:
@@ -135,7 +135,7 @@ class Database:
                 self._engine.disconnect()
             if trouble is Trouble.CONFLICT or (trouble is Trouble.LOST and not begun and not new):
                 raise _TryAgainError(error) from error
-            if trouble is Trouble.FAULT:
+            if trouble is Trouble.FAULT and self._ours:  # others' may answer a good question with any error
                 raise
             raise self._unavailable(error) from error
 

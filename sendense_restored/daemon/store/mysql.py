@@ -146,9 +146,10 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
 
     @_understood
     def rollback(self) -> None:
-        """See the driver's."""
+        """See the driver's. Where the connection is closed the server does it, and what closed it is to be told."""
         self._latest = math.inf
-        super().rollback()
+        if self.open:
+            super().rollback()
 
     def _execute_command(self, command: int, sql: str | bytes) -> None:
         if not self._connecting:
