@@ -170,21 +170,22 @@ class _Meant(Generic[_T]):
     """What rows mean. Those that mean nothing are left out, since the others still serve, and told of once."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._first, self._more = what, "", 0
+        self._what, self._label, self._why, self._others = what, "", "", 0
 
     def of(self, rows: Iterable[Row], convert: Callable[[Row], _T]) -> Iterator[_T]:
         for row in rows:
             try:
                 yield convert(row)
             except CatalogUnavailable as error:
-                self._more += bool(self._first)
-                self._first = self._first or f"{row.label}%s: {error}"
+                if self._why:
+                    self._others += 1
+                else:
+                    self._label, self._why = row.label, str(error)
 
     def tell(self) -> None:
-        if self._first:
-            label, _, why = self._first.partition("%s")
-            more = f" and {self._more} more, the first" if self._more else ""
-            log.warning("not listing %s %s%s%s", self._what, label, more, why)
+        if self._why:
+            more = f" and {self._others} more, the first" if self._others else ""
+            log.warning("not listing %s %s%s: %s", self._what, self._label, more, self._why)
 
 
 def meant(rows: Iterable[Row], convert: Callable[[Row], _T], what: str) -> list[_T]:
