@@ -113,13 +113,10 @@ def migrate(database: peewee.MySQLDatabase, migrations: Sequence[Migration] = MI
 
     Raises StoreError for tables that are not ours or not all there, and for a schema newer than ``migrations``.
     """
-    marks: dict[int, str | None] = {}
-    if marked := database.has_table(MARKER):
-        marks = dict(database.execute_sql(f"SELECT version, applied_at FROM {MARKER}").fetchall())  # noqa: S608  # a constant
-    if not marks:  # a marker without marks is one whose maker came no further: no other table is ours
+    if not database.has_table(MARKER):
         refuse_foreign(name for name in names_of(RECORDS) if database.has_table(name))
-    if not marked:
         database.execute_sql(_MARKER_TABLE)
+    marks = dict(database.execute_sql(f"SELECT version, applied_at FROM {MARKER}").fetchall())  # noqa: S608  # a constant
     refuse_newer(max(marks, default=0), migrations)
     begun = {version for version, applied_at in marks.items() if applied_at is None}
     there = {name for name in names_of(RECORDS) if database.has_table(name)}
