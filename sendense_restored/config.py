@@ -21,6 +21,8 @@ from . import database_url
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from .database_url import DatabaseUrl
+
 DEFAULT_FILE = Path("/etc/sendense/restored.toml")
 
 
@@ -104,11 +106,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Database:
-    """Section ``[database]``; see ``database_url``. Not in ``repr``: there may be passwords in them."""
+    """Section ``[database]``; see ``database_url``."""
 
-    url: str = field(default="sqlite:////var/lib/sendense-restore/restore.db", repr=False)
+    url: DatabaseUrl = field(default=database_url.SqliteUrl(Path("/var/lib/sendense-restore/restore.db")))
     """Where our own records are."""
-    catalog_url: str | None = field(default=None, repr=False)
+    catalog_url: DatabaseUrl | None = None
     """Where the backups' tables are; None for the same database."""
 
 
@@ -289,14 +291,13 @@ def _backend(name: str, value: object) -> str:
     return str(value)
 
 
-def _database_url(name: str, value: object) -> str:
+def _database_url(name: str, value: object) -> DatabaseUrl:
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text such as 'sqlite:////var/lib/sendense-restore/restore.db'")
     try:
-        database_url.parse(value)
+        return database_url.parse(value)
     except ValueError as error:
         raise ConfigError(f"{name} {error}") from None
-    return value
 
 
 _uid = _count(1, 2**32 - 2)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sendense_restored.daemon.store import Event, MountRow
+from sendense_restored import database_url
+from sendense_restored.daemon.store import Event, MountRow, Store
 
 NOON = datetime(2025, 3, 1, 12, tzinfo=UTC)
 GIB = 1 << 30
@@ -31,3 +32,10 @@ def mount(mount_id: str = "m1", backup_id: str = "b1", **columns: Any) -> MountR
 def event(number: int, **columns: Any) -> Event:  # noqa: ANN401  # those of Event
     """An event, so many seconds after noon."""
     return replace(Event(NOON + timedelta(seconds=number), "mounted", uid=number), **columns)
+
+
+async def open_store(url: str, catalog_url: str | None = None, **options: Any) -> Store:  # noqa: ANN401  # of Store.open
+    """The store, from URLs as the configuration has them."""
+    return await Store.open(
+        database_url.parse(url), None if catalog_url is None else database_url.parse(catalog_url), **options
+    )

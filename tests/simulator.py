@@ -28,6 +28,7 @@ from sendense_restored.daemon.store import DiskFile, Store
 from sendense_restored.reader import ntfs, pages, tree
 from sendense_restored.reader.outlet import Outlet
 from sendense_restored.reader.stream import opened
+from tests.records import open_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -510,7 +511,7 @@ async def house(directory: Path, catalog_url: str | None = None) -> AsyncIterato
     repository.mkdir()
     mounts.mkdir()
     simulator = Simulator(mounts)
-    async with await Store.open(f"sqlite:///{directory}/restore.db", catalog_url) as store:
+    async with await open_store(f"sqlite:///{directory}/restore.db", catalog_url) as store:
         if catalog_url is None:
             await store.add_repository("main", str(repository))
         yield simulator, store

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sendense_restored.daemon.store import Store
 from sendense_restored.daemon.store.models import to_stored
-from tests.records import GIB, NOON
+from tests.records import GIB, NOON, open_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
+    from sendense_restored.daemon.store import Store
     from tools.lab.mariadb import Server
 
 TABLES = (
@@ -194,7 +194,7 @@ async def house(layout: str, directory: Path, server: Server) -> AsyncIterator[H
             catalog_url = server.url(catalogue)
         if layout in {"beside", "two databases", "records in a file"}:
             make_tables(stack.enter_context(database(server, catalogue)))
-        store = await stack.enter_async_context(await Store.open(url, catalog_url))
+        store = await stack.enter_async_context(await open_store(url, catalog_url))
         ours = file(own_file) if url.startswith("sqlite") else database(server, records)
         appliance = file(own_file if layout == "embedded" else their_file)
         if layout in {"beside", "two databases", "records in a file"}:

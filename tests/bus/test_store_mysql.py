@@ -27,7 +27,7 @@ from sendense_restored.daemon.store.mysql import Server as Engine
 from sendense_restored.database_url import MysqlUrl
 from tests.bus.appliance import CONTEXTS, TABLES, Hand, fresh, make_tables
 from tests.bus.appliance import database as hand_of
-from tests.records import GIB, NOON, event, mount
+from tests.records import GIB, NOON, event, mount, open_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -50,7 +50,7 @@ class Place:
         self.catalog_url: str | None = server.url(catalogue)
 
     async def open(self, **options: Any) -> Store:  # noqa: ANN401  # those of Store.open
-        return await Store.open(self.url, self.catalog_url, **options)
+        return await open_store(self.url, self.catalog_url, **options)
 
     def references(self) -> list[tuple[str, str]]:
         """What the rows of mounts refer to."""
@@ -203,7 +203,7 @@ async def test_a_database_of_ours_that_cannot_be_used_refuses_to_start_and_tells
     text = account.server.url(wanted["name"], wanted["user"], wanted["password"])
     text = text.replace(str(account.server.socket), wanted["socket"])
     with pytest.raises(StoreError, match=complaint) as caught:
-        await Store.open(text)
+        await open_store(text)
     assert type(caught.value) is kind
     chain = " ".join([str(caught.value), repr(caught.value.__cause__), repr(url), str(url), caplog.text])
     assert "p@ss" not in chain
@@ -798,7 +798,7 @@ async def test_a_port_where_something_else_or_nobody_listens_is_said(place: Plac
         with pytest.raises(errors.CatalogUnavailable, match="does not answer"):
             await store.backups()
     with pytest.raises(StoreUnreachableError, match="refused"):
-        await Store.open(place.catalog_url)
+        await open_store(place.catalog_url)
 
 
 class AsksForAPassword:
@@ -837,7 +837,7 @@ async def test_a_password_that_cannot_be_said_is_told_with_what_to_install(
     async with listening(server) as port:
         url = f"mysql://somebody:secret@127.0.0.1:{port}/appliance"
         with pytest.raises(StoreError, match="install python3-cryptography or use the server's socket") as caught:
-            await Store.open(url)
+            await open_store(url)
         assert type(caught.value) is StoreError  # another start would find the same
         place.catalog_url = url
         async with await place.open() as store:

@@ -9,6 +9,7 @@ import pytest
 
 from sendense_restored import config
 from sendense_restored.config import Config, ConfigError
+from sendense_restored.database_url import MysqlUrl, SqliteUrl
 
 
 def parsed(text: str, tmp_path: Path) -> Config:
@@ -32,7 +33,7 @@ def test_the_defaults_are_the_contracts() -> None:
     assert defaults.attach.overlay_size == 1 << 30
     assert (defaults.attach.server_uid, defaults.readers.uids) == (60999, range(61000, 61064))
     assert defaults.image.chain_depth == 128
-    assert defaults.database.url == "sqlite:////var/lib/sendense-restore/restore.db"
+    assert defaults.database.url == SqliteUrl(Path("/var/lib/sendense-restore/restore.db"))
 
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         limits=config.Limits(5, 2, 3 << 30),
         attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), 70000, 70001),
         image=config.Image(3, (Path("/srv/backups"), Path("/mnt/nas"))),
-        database=config.Database("sqlite:////tmp/x.db"),
+        database=config.Database(SqliteUrl(Path("/tmp/x.db"))),
         events=config.Events(500, 86400.0),
         readers=config.Readers(range(80000, 80002), 5.0),
         paths=config.Paths(Path("/run/x")),
@@ -179,6 +180,8 @@ def test_sizes(tmp_path: Path, text: str, size: int) -> None:
         ("[readers]\nuids = 61000", "a range"),
         ('[readers]\nuids = "1000-1003"', "mounts.max needs 8"),
         ('[database]\nurl = "mysql://x"', "must name a user"),
+        ('[database]\nurl = ""', r"database\.url must be 'sqlite:///'"),
+        ('[database]\ncatalog_url = "/var/lib/x.db"', r"database\.catalog_url must be 'sqlite:///'"),
         ('[database]\nurl = "sqlite:///relative.db"', "sqlite:///"),
         ("[mounts", "restored.toml"),
     ],
@@ -187,6 +190,15 @@ def test_a_mistake_refuses_to_start_and_names_the_file(tmp_path: Path, text: str
     with pytest.raises(ConfigError, match=complaint) as caught:
         parsed(text, tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/restored.toml: ")
+
+
+def test_a_password_is_not_in_the_text_form_of_the_configuration() -> None:
+    found = config.parse({"database": {"url": "mysql://u:hidden@h/n", "catalog_url": "mysql://u:hidden@h/m"}})
+    assert isinstance(found.database.url, MysqlUrl)
+    assert found.database.url.password == "hidden"  # of nobody
+    assert "hidden" not in repr(found) + str(found)
+    other = config.parse({"database": {"url": "mysql://u:other@h/n", "catalog_url": "mysql://u:hidden@h/m"}})
+    assert config.differences(found, other) == {"database.url"}
 
 
 def test_a_file_that_cannot_be_read_is_no_missing_file(tmp_path: Path) -> None:

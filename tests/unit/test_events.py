@@ -16,6 +16,7 @@ from sendense_restored.daemon import events as module
 from sendense_restored.daemon.events import ALIKE_EVERY, MOST_QUEUED, SERVICE, Actor, Events
 from sendense_restored.daemon.lease import Holder
 from sendense_restored.daemon.store import Event, Store
+from tests.records import open_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -91,7 +92,7 @@ async def turn() -> None:
 
 
 async def test_an_event_is_written_whole(tmp_path: Path, clock: Clock) -> None:
-    async with await Store.open(f"sqlite:///{tmp_path}/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/restore.db") as store:
         events = Events(store, unix=clock.unix, monotonic=clock.monotonic)
         events.record("opened", actor=AGENT, mount_id="m1", backup_id="b1", path="/disk/a\uef80b", size=7)
         clock.passed = 1.5
@@ -133,7 +134,7 @@ async def test_other_peoples_text_is_harmless_in_the_log_and_can_be_stored(
     for record in caplog.records:
         shown = [record.getMessage(), *record.fields.values()]  # type: ignore[attr-defined]
         assert [text for text in shown if names.displayable(text) != text] == []
-    async with await Store.open(f"sqlite:///{tmp_path}/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/restore.db") as store:
         await store.add_events(table.rows)
         (_, read), _ = await store.events()
     assert read.path == "a\n\x1b[2Jb\u202e\\x00\\ud800\uef80 %s"  # but for what no path holds, as it was
@@ -436,7 +437,7 @@ async def test_failures_alike_are_one_event_a_minute_and_a_number(events: Events
 
 
 async def test_the_history_is_trimmed_by_number_and_age(tmp_path: Path, clock: Clock) -> None:
-    async with await Store.open(f"sqlite:///{tmp_path}/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/restore.db") as store:
         events = Events(store, unix=clock.unix)
         for number in range(10):
             clock.passed = number

@@ -27,7 +27,7 @@ from sendense_restored.daemon.store import (
 )
 from sendense_restored.daemon.store.catalogue import Place, decode_cursor, encode_cursor
 from sendense_restored.daemon.store.models import to_stored
-from tests.records import GIB, NOON, mount
+from tests.records import GIB, NOON, mount, open_store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    async with await Store.open(f"sqlite:///{tmp_path}/db/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/db/restore.db") as store:
         await store.add_repository("Main", "/srv/backups")
         yield store
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored import errors
-from sendense_restored.daemon.store import DiskFile, Found, FoundBackup, Problem, Store, scan
+from sendense_restored.daemon.store import DiskFile, Found, FoundBackup, Problem, scan
 from sendense_restored.daemon.store.scanner import key_of
+from tests.records import open_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -319,7 +320,7 @@ async def test_a_scan_goes_into_the_catalogue_and_comes_out_as_it_is(root: Path,
         image(root / f"web/full-disk{number}.qcow2", size=(number + 1) * MIB)
         image(root / f"web/inc-disk{number}.qcow2", f"full-disk{number}.qcow2", size=(number + 1) * MIB)
     image(root / "db/only.qcow2", when=NOON + 0.123456789)
-    async with await Store.open(f"sqlite:///{tmp_path}/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/restore.db") as store:
         repository = await store.add_repository("Main", str(root))
         added = (await store.record_scan(repository.id, scan(root))).added
         assert len(added) == 3
@@ -338,7 +339,7 @@ async def test_a_disk_that_cannot_be_read_any_more_stays_with_its_backup(root: P
     for number in (0, 1):
         image(root / f"web/full-disk{number}.qcow2", size=(number + 1) * MIB)
         image(root / f"web/inc-disk{number}.qcow2", f"full-disk{number}.qcow2", size=(number + 1) * MIB)
-    async with await Store.open(f"sqlite:///{tmp_path}/restore.db") as store:
+    async with await open_store(f"sqlite:///{tmp_path}/restore.db") as store:
         repository = await store.add_repository("Main", str(root))
         await store.record_scan(repository.id, scan(root))
         before = await store.backups()

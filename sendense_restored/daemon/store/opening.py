@@ -1,4 +1,4 @@
-"""From two URLs to open databases: which engines, which of the two has what, and what ties them together.
+"""From two places to open databases: which engines, which of the two has what, and what ties them together.
 
 Where ``database.catalog_url`` names the same SQLite file as ``database.url``, or nothing, the catalogue is the
 embedded one, which is ours to make and to write. Every other catalogue belongs to others. A MySQL database that is
@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sendense_restored import database_url
 from sendense_restored.database_url import DatabaseUrl, MysqlUrl, SqliteUrl
 from sendense_restored.errors import CatalogUnavailable
 
@@ -42,15 +41,12 @@ class Databases:
         await self.catalogue.close()
 
 
-async def open_databases(url: str, catalog_url: str | None, *, busy_timeout: float) -> Databases:
+async def open_databases(at: DatabaseUrl, catalog_at: DatabaseUrl | None, *, busy_timeout: float) -> Databases:
     """Open both databases, and ours migrated. Raises StoreError.
 
     A catalogue of others that cannot be read is only logged: it may come back.
     """
-    at = _parsed("database.url", url)
-    catalogue_at = at if catalog_url is None else _parsed("database.catalog_url", catalog_url)
-    if _same(at, catalogue_at):
-        catalogue_at = at
+    catalogue_at = at if catalog_at is None or _same(at, catalog_at) else catalog_at
     embedded = isinstance(at, SqliteUrl) and catalogue_at == at
     async with AsyncExitStack() as undo:
         what = "the catalogue" if catalogue_at == at else "the service's own database"
@@ -64,13 +60,6 @@ async def open_databases(url: str, catalog_url: str | None, *, busy_timeout: flo
             await _tie(records, theirs, at, catalogue_at)
         undo.pop_all()
     return Databases(records, theirs, embedded)
-
-
-def _parsed(key: str, text: str) -> DatabaseUrl:
-    try:
-        return database_url.parse(text)
-    except ValueError as error:
-        raise StoreError(f"{key} {error}") from None
 
 
 def _same(one: DatabaseUrl, other: DatabaseUrl) -> bool:

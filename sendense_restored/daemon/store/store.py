@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import Unpack
 
+    from sendense_restored.database_url import DatabaseUrl
+
     from .opening import Databases
     from .records import (
         Backup,
@@ -49,14 +51,16 @@ class Store:
         self._records, self._catalogue = databases.records, databases.catalogue
 
     @classmethod
-    async def open(cls, url: str, catalog_url: str | None = None, *, busy_timeout: float = BUSY_TIMEOUT) -> Self:
+    async def open(
+        cls, at: DatabaseUrl, catalog_at: DatabaseUrl | None = None, *, busy_timeout: float = BUSY_TIMEOUT
+    ) -> Self:
         """Open the database of our records, migrated, and the catalogue, which by default is in the same one.
 
-        ``database_url`` says what the URLs look like; a file of our own is made if it is not there. ``busy_timeout``:
-        seconds to wait for a lock of another program, or for a connection to a server; twice that for its answer.
+        A file of our own is made if it is not there. ``busy_timeout``: seconds to wait for a lock of another program,
+        or for a connection to a server; twice that for its answer.
         Raises StoreError.
         """
-        return cls(await open_databases(url, catalog_url, busy_timeout=busy_timeout))
+        return cls(await open_databases(at, catalog_at, busy_timeout=busy_timeout))
 
     @property
     def embedded(self) -> bool:
