@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -716,6 +717,33 @@ async def test_a_lock_of_others_is_waited_for_within_bounds(place: Place, second
             ours.execute("ROLLBACK")
         await store.update_mount("m1", resume_attempts=1)
         assert [row.resume_attempts for row in await store.mount_rows()] == [1]
+
+
+async def test_what_has_waited_too_long_for_its_turn_is_not_begun(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = await Database.open(engine_of(place, 5))
+    now = [0.0]
+    monkeypatch.setattr("sendense_restored.daemon.store.database.time", SimpleNamespace(monotonic=lambda: now[0]))
+    begun, go_on = threading.Event(), threading.Event()
+    runs: list[int] = []
+
+    def long() -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    first = asyncio.create_task(database.read(long))
+    assert await asyncio.to_thread(begun.wait, 30)
+    second = asyncio.create_task(database.read(runs.append, 1))
+    await asyncio.sleep(0)  # it has asked
+    now[0] = 10.5
+    go_on.set()
+    await first
+    with pytest.raises(errors.CatalogUnavailable, match="^the catalogue does not answer; try again later$"):
+        await second
+    await database.read(runs.append, 2)
+    assert runs == [2]
+    await database.close()
 
 
 async def test_the_session_is_as_it_must_be_whatever_the_server_says(mortal: Place) -> None:
