@@ -739,7 +739,7 @@ async def test_what_has_waited_too_long_for_its_turn_is_not_begun(
     now[0] = 10.5
     go_on.set()
     await first
-    with pytest.raises(errors.CatalogUnavailable, match="^the catalogue does not answer; try again later$"):
+    with pytest.raises(errors.CatalogUnavailable, match=r"^the catalogue does not answer; try again later$"):
         await second
     await database.read(runs.append, 2)
     assert runs == [2]

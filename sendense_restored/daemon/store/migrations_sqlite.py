@@ -171,7 +171,8 @@ def migrate(database: peewee.Database, migrations: Sequence[Migration] = MIGRATI
 
     Raises StoreError for tables that are not ours or not all there, and for a schema newer than ``migrations``.
     """
-    version, tables = _version(database), set(database.get_tables())
+    with database.atomic("DEFERRED"):  # both of one moment
+        version, tables = _version(database), set(database.get_tables())
     refuse_newer(version, migrations)
     if MARKER in tables:
         refuse_incomplete(migrations, range(1, version + 1), tables, _REMEDY)
