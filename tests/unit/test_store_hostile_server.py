@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from sendense_restored.daemon.store import Store, StoreError, StoreUnreachableError
+from sendense_restored.database_url import parse
 from sendense_restored.errors import CatalogUnavailable
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ async def test_nonsense_is_a_catalogue_that_is_away(
     server = NONSENSE[what]()
     async with (
         listening(server, tmp_path / "socket") as url,
-        await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5) as store,
+        await Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=5) as store,
     ):
         assert caplog.text.count("cannot be read yet") == 1
         assert "(0, '')" not in caplog.text  # but what was wrong
@@ -152,7 +153,7 @@ async def test_other_columns_than_were_asked_for_are_nothing(tmp_path: Path) -> 
     server = Server(rows=answer(b"\x01", COLUMN, EOF, b"\x01x", EOF))
     async with (
         listening(server, tmp_path / "socket") as url,
-        await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5) as store,
+        await Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=5) as store,
     ):
         with pytest.raises(CatalogUnavailable, match="other columns"):
             await store.backups()
@@ -161,7 +162,7 @@ async def test_other_columns_than_were_asked_for_are_nothing(tmp_path: Path) -> 
 async def test_a_server_of_ours_that_speaks_nonsense_refuses_to_start(tmp_path: Path) -> None:
     async with listening(Server(packet(0, b"\x0ahello")), tmp_path / "socket") as url:
         with pytest.raises(StoreUnreachableError, match="makes no sense"):
-            await Store.open(url, busy_timeout=5)
+            await Store.open(parse(url), busy_timeout=5)
 
 
 @pytest.mark.parametrize("slow", ["greeting", "rows"])
@@ -171,7 +172,7 @@ async def test_a_server_that_drips_is_not_waited_for(slow: str, tmp_path: Path) 
         server.pace = SOON / 4
     async with listening(server, tmp_path / "socket") as url:
         begun = time.monotonic()
-        opened = Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=SOON)
+        opened = Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=SOON)
         async with await _within(opened) as store:
             server.pace = SOON / 4
             with pytest.raises(CatalogUnavailable):
@@ -188,14 +189,14 @@ async def test_no_password_goes_in_clear_text_over_a_network(
 ) -> None:
     server = Server(login=b"\xfemysql_clear_password\0")
     async with listening(server, None) as url:
-        async with await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5):
+        async with await Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=5):
             assert "in clear text" in caplog.text
         assert server.connections
         assert b"SECRET" not in server.heard
     # Nobody listens in on a Unix socket, and some servers know no other way (PAM).
     server = Server(login=b"\xfemysql_clear_password\0")
     async with listening(server, tmp_path / "socket") as url:
-        async with await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5):
+        async with await Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=5):
             pass
         assert b"SECRET" in server.heard
 
@@ -203,10 +204,10 @@ async def test_no_password_goes_in_clear_text_over_a_network(
 async def test_what_a_server_says_is_shown_within_bounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     evil = b"\xff\x50\x04#42000evil\nJan  1 host sudo: \x1b[2J\xe2\x80\xae" + b"A" * 100_000
     async with listening(Server(rows=answer(evil)), tmp_path / "socket") as url:
-        await (await Store.open(f"sqlite:///{tmp_path}/records.db", url, busy_timeout=5)).close()
+        await (await Store.open(parse(f"sqlite:///{tmp_path}/records.db"), parse(url), busy_timeout=5)).close()
     async with listening(Server(packet(0, evil)), tmp_path / "another") as url:
         with pytest.raises(StoreError) as refused:
-            await Store.open(url, busy_timeout=5)
+            await Store.open(parse(url), busy_timeout=5)
     for text in (str(refused.value), *caplog.messages):
         assert len(text) < 1000
         assert not set(text) & set("\n\x1b\u202e")

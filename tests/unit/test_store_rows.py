@@ -14,6 +14,7 @@ import pytest
 
 from sendense_restored.daemon.store import Store
 from sendense_restored.daemon.store.rows import LARGEST, LONGEST_TEXT, Row
+from sendense_restored.database_url import parse
 from sendense_restored.errors import CatalogUnavailable
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def queries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def opened(tmp_path: Path) -> Store:
-    return await Store.open(f"sqlite:///{tmp_path}/ours.db", f"sqlite:///{tmp_path}/theirs.db")
+    return await Store.open(parse(f"sqlite:///{tmp_path}/ours.db"), parse(f"sqlite:///{tmp_path}/theirs.db"))
 
 
 async def test_rows_that_mean_nothing_cost_few_queries_and_one_line(

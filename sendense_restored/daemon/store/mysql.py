@@ -37,7 +37,6 @@ from .mysql_errors import (
     CONFLICT,
     DANGLING,
     DENIED,
-    INSECURE,
     LOST,
     MALFORMED,
     MISSING,
@@ -60,8 +59,6 @@ _T = TypeVar("_T")
 _MODE = "STRICT_TRANS_TABLES,STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,ERROR_FOR_DIVISION_BY_ZERO"
 _MIGRATING = 600.0
 """Seconds for one step of a migration."""
-_OTHERS_MIGRATING = 60.0
-"""Seconds for all that another process may be at."""
 _LONGEST_ANSWER = 256 << 20
 """Bytes that a statement's answer may have, which is kept in memory."""
 _NONSENSE = (struct.error, IndexError, KeyError, AssertionError, RuntimeError, ValueError, ArithmeticError)
@@ -104,10 +101,8 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
         try:
             super().connect(sock or self._socket())
         except RuntimeError as error:  # a library is missing that the server's way of asking for a password needs
-            if "cryptography" not in str(error):
-                raise
-            hint = "install python3-cryptography or use the server's socket"
-            raise OperationalError(UNPROVEN, f"no way to say the password: {error}; {hint}") from None
+            hint = "; install python3-cryptography or use the server's socket" if "cryptography" in str(error) else ""
+            raise OperationalError(UNPROVEN, f"no way to say the password: {error}{hint}") from None
         finally:
             self._connecting = False
 
@@ -129,10 +124,6 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
                 ) from None
             undo.pop_all()
         return made
-
-    def answer_within(self, seconds: float) -> None:
-        """Wait so long for each answer from now on."""
-        self._read_timeout = seconds
 
     def limit(self, seconds: float) -> None:
         """Give all statements until the transaction ends so long together."""
@@ -182,9 +173,13 @@ class _Connection(Connection):  # type: ignore[misc]  # PyMySQL has no type info
     def _process_auth(self, plugin_name: bytes, auth_packet: Any) -> Any:  # noqa: ANN401  # the driver's
         if plugin_name == b"mysql_clear_password" and not self.unix_socket:
             raise OperationalError(
-                INSECURE, "the server asks for the password in clear text, which is sent over a Unix socket only"
+                UNPROVEN, "the server asks for the password in clear text, which is sent over a Unix socket only"
             )
         return super()._process_auth(plugin_name, auth_packet)
+
+    def answer_within(self, seconds: float) -> None:
+        """Wait so long for each answer from now on."""
+        self._read_timeout = seconds
 
     @_understood
     def query(self, sql: str | bytes, unbuffered: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  # the driver's

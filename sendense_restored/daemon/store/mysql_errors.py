@@ -20,14 +20,12 @@ MISSING = frozenset({1049, 1054, 1146, 1356, 1449})
 """There is no such database, table or column, or a view lacks what it needs."""
 UNREACHABLE = 2003
 """No server answered."""
-UNPROVEN = 2059
-"""There is no way to prove to the server who we are."""
 SERVER_LOST = 2013
 """The connection ended in the midst of an answer, or the answer took too long."""
 MALFORMED = 2027
 """What the server sent makes no sense."""
-INSECURE = 2061
-"""The server asks for a way to log in that is none for this connection."""
+UNPROVEN = 2059
+"""There is no way to prove to the server who we are."""
 DONE_ALREADY = frozenset({1050, 1060, 1061, 1091, 1826})
 """A table, a column, an index or a foreign key of that name is there already, or, to be dropped, is not."""
 LOST = frozenset({0, 1040, 1053, 1129, 1152, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, *range(2000, 2100)}) - {

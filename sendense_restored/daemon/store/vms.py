@@ -40,6 +40,7 @@ class _Counted(NamedTuple):
     newest: datetime | None
 
 
+_TABLE = table_of(VmContext)
 _COUNTED = ("vm_name", "backups", "created_at")
 
 
@@ -95,7 +96,7 @@ def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
 def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
     """What the appliance calls these virtual machines, by name and repository, where it keeps that."""
     found: dict[str, dict[str, str]] = {}
-    if names and here().has_table(table_of(VmContext)):
+    if names and here().has_table(_TABLE):
         for some in in_parts(names):
             query = VmContext.select(*_CONTEXT.values()).where(VmContext.vm_name.in_(some))
             # Of several the first: it comes last, in the place of those before it.
@@ -104,7 +105,7 @@ def _contexts(names: Sequence[str]) -> dict[str, dict[str, str]]:
             except peewee.DatabaseError as error:
                 if not here().is_missing(error):
                     raise
-                log.warning("virtual machines go by their names: %s cannot be read: %s", table_of(VmContext), error)
+                log.warning("virtual machines go by their names: %s cannot be read: %s", _TABLE, error)
                 return {}
             for context_id, name, repository_id in meant(rows, _context, "virtual machine"):
                 found.setdefault(name, {})[repository_id] = context_id
