@@ -1104,7 +1104,7 @@ async def test_a_marker_without_marks_makes_no_table_ours(place: Place, name: st
     place.server.execute(_MARKER_TABLE, database=place.records)
     place.server.execute(f"CREATE TABLE {name} (x INT)", database=place.records)
     for _ in range(2):
-        with pytest.raises(StoreError, match=f"did not make.*{name}"):
+        with pytest.raises(StoreError, match="restore_migrations is empty"):
             await place.open()
     place.server.execute(f"DROP TABLE {name}", database=place.records)
     async with await place.open():
