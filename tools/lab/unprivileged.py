@@ -1,8 +1,8 @@
 """Runs a program in this checkout as `nobody`: ``python3 -m tools.lab.unprivileged PROGRAM ARGUMENT...``.
 
 The checkout may lie where only root can go (``/root``, say). So it is mounted once more below a ``/run`` of our own,
-which everybody can pass, together with a home and a temporary directory; all of it is gone with the program. Both
-the working directory and relative paths of PROGRAM are those of the checkout.
+which everybody can pass, and a home with the temporary files is made below a ``/mnt`` of our own; all of it is gone
+with the program. Both the working directory and relative paths of PROGRAM are those of the checkout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import namespace
 
 _NOBODY = 65534
 _CHECKOUT = Path("/run/checkout")
-_HOME = Path("/run/home")
+_HOME = Path("/mnt/home")  # not below /run, where no repository may lie (daemon/host/repositories.py)
 
 
 def main() -> None:

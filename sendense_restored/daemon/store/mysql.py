@@ -200,6 +200,14 @@ class _Database(peewee.MySQLDatabase):  # type: ignore[misc]  # peewee 3 has no 
         self.lock_timeout = max(1, math.floor(timeout))
         """Seconds, which the server counts in whole ones."""
 
+    def commit(self) -> None:
+        """The driver's, which knows how long it may take; some versions of peewee send a statement instead."""
+        self.connection().commit()
+
+    def rollback(self) -> None:
+        """The driver's, which knows whether there is anything to be rolled back."""
+        self.connection().rollback()
+
     def _connect(self) -> Any:  # noqa: ANN401  # peewee's own signature
         url, lock = self._url, self.lock_timeout
         return _Connection(
