@@ -332,11 +332,11 @@ class Server:
         for model in RECORDS:
             table, column = table_of(model), next(iter(model._meta.columns))  # noqa: SLF001  # peewee's public face
             for statement in (
-                f"INSERT INTO {table} SELECT * FROM {table}",  # noqa: S608  # constants
-                f"UPDATE {table} SET {column} = {column}",  # noqa: S608
-                f"DELETE FROM {table}",  # noqa: S608
+                f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0",  # noqa: S608  # constants
+                f"UPDATE {table} SET {column} = {column} WHERE 1 = 0",  # noqa: S608
+                f"DELETE FROM {table} WHERE 1 = 0",  # noqa: S608
             ):
-                self.database.execute_sql(f"{statement} WHERE 1 = 0")
+                self.database.execute_sql(statement)
 
     def trouble(self, error: BaseException) -> Trouble:
         """See ``engine.Engine``."""
