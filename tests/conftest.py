@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--debian", help="releases for the tests in virtual machines: 13, 12, or 13,12 (the default)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

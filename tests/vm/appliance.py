@@ -1,0 +1,107 @@
+"""The machine as an appliance: backups in a repository, people who may restore and people who may not.
+
+Everything is done through what the packages installed: the command line, ``busctl``, ``systemctl``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.lab import guest, leftovers
+from tools.lab.vm import backups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SERVICE = "sendense-restored.service"
+BUS_NAME = "com.sendense.Restore1"
+GROUP = "sendense-restore"
+MEMBER, STRANGER, ADMIN = "anna", "bob", "carol"
+"""In the group; nobody in particular; in the group ``sudo``, whose members administer a Debian machine."""
+PASSWORD = "open sesame"
+"""Of each of them."""
+_MATERIAL = Path("/srv/project/backups")
+TIMEOUT = 120.0
+"""Seconds after which a command has hung; far more than any takes, because every instruction is emulated."""
+
+
+def run(*command: str | Path, user: str = "root", check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, as ``user`` with that user's groups. Raises CalledProcessError with what it said."""
+    if user != "root":
+        command = ("/usr/sbin/runuser", "-u", user, "--", *command)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=TIMEOUT
+    )
+    if check and done.returncode != 0:
+        error = subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+        error.add_note(done.stdout + done.stderr)
+        raise error
+    return done
+
+
+def output(*command: str | Path, user: str = "root") -> str:
+    """What a program prints."""
+    return run(*command, user=user).stdout
+
+
+def restore(*arguments: str, user: str = MEMBER) -> Any:  # noqa: ANN401 - what JSON has
+    """Run the command line and read its answer (``--json``)."""
+    text = output("/usr/bin/sendense-restore", *arguments, "--json", user=user)
+    return json.loads(text) if text.strip() else None
+
+
+def unit(name: str, prop: str) -> str:
+    """A property of a unit, as ``systemctl show`` has it."""
+    return output("/usr/bin/systemctl", "show", "--property", prop, "--value", name).strip()
+
+
+def census() -> leftovers.Census:
+    """Block devices in use, and what is mounted where everybody sees it."""
+    found = leftovers.mounts_of(1)
+    for name in ("loop*/loop/backing_file", "nbd*/pid", "dm-*/dm/name", "md*/md/array_state"):
+        for file in Path("/sys/block").glob(name):
+            found[f"device {file.parts[3]}"] = f"{file.parts[3]} ({file.read_text(encoding='utf-8').strip()})"
+    for file in Path("/sys/block").glob("nbd*/size"):
+        if file.read_text(encoding="ascii") != "0\n":
+            found[f"size {file.parts[3]}"] = f"{file.parts[3]}, which has a size"
+    return found
+
+
+def main_pid() -> int:
+    """The daemon's process; 0 if it does not run."""
+    return int(unit(SERVICE, "MainPID"))
+
+
+@dataclass(frozen=True)
+class Appliance:
+    """What is on it."""
+
+    chain: guest.Chain
+    backups: Sequence[str]
+    """Ids of the chain's backups in the catalogue, oldest first."""
+
+    def mount(self, number: int = -1, *, user: str = MEMBER) -> str:
+        """Mount a backup of the chain; the mount's id."""
+        return str(restore("mount", self.backups[number], user=user)["mount_id"])
+
+
+def set_up() -> Appliance:
+    """Make users and a repository, and have the catalogue know it."""
+    for name, *groups in ((MEMBER, "--groups", GROUP), (STRANGER,), (ADMIN, "--groups", "sudo")):
+        run("/usr/sbin/useradd", "--create-home", "--shell", "/bin/bash", *groups, name)
+        subprocess.run(["/usr/sbin/chpasswd"], input=f"{name}:{PASSWORD}\n", text=True, check=True)
+    shutil.copytree(_MATERIAL / "repository", backups.REPOSITORY)
+    chain = backups.load(_MATERIAL)
+    repository = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")[
+        "repository_id"
+    ]
+    restore("catalog", "scan", repository, user="root")
+    found = restore("backups", user="root")
+    return Appliance(
+        chain, [backup["backup_id"] for backup in sorted(found, key=lambda backup: backup["created_at"])]
+    )

@@ -1,0 +1,147 @@
+"""The pytest plugin of the outer run: a test of tests/vm runs in a virtual machine, its result is reported here.
+
+The first such test of a release builds what is needed and boots a machine with all the release's chosen tests on its
+agenda; it works them off in the order in which they are reported here. Each test is an item of the outer run like
+any other, chosen by -k or a node id, and its report comes as soon as it has one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import pytest
+
+from . import backups, image, project, qemu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BOOT = 600.0
+"""Seconds of silence after which a machine has hung: while it boots."""
+_TEST = 420.0
+"""While a test runs, which ends by itself before (``inside``)."""
+_LONG_TEST = 3720.0
+
+
+class Outside:
+    """The plugin. ``directory`` is where the tests are that run in a machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._work: Path | None = None
+        self._material: tuple[Path, Path] | None = None
+        self._session: _Session | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        """Instead of running it here."""
+        if not self._is_mine(item):
+            return None
+        # What this takes is bounded by itself, and the first test has everything built.
+        faulthandler.cancel_dump_traceback_later()
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self._reports(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if nextitem is None or not self._is_mine(nextitem) or release_of(nextitem) != release_of(item):
+            self._end_session()
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        """Whatever happened, nothing stays."""
+        self._end_session()
+        if self._work is not None:
+            shutil.rmtree(self._work)
+            self._work = None
+
+    def _is_mine(self, item: pytest.Item) -> bool:
+        return self._directory in item.path.parents
+
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.machine.close()
+            self._session = None
+
+    def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        if reason := qemu.can_run():
+            yield _skipped(item, reason)
+            return
+        try:
+            if self._session is None:
+                self._session = self._begin(item)
+            yield from self._session.reports(item)
+        except (qemu.HangError, subprocess.CalledProcessError) as error:
+            # The next test gets a machine of its own.
+            self._end_session()
+            yield _report(item, "call", "failed", str(error))
+
+    def _begin(self, item: pytest.Item) -> _Session:
+        if self._work is None:
+            self._work = Path(tempfile.mkdtemp(prefix="sendense-vm-"))
+        if self._material is None:
+            made = self._work / "backups"
+            made.mkdir()
+            backups.make(made)
+            self._material = (project.build_packages(self._work), made)
+        release = release_of(item)
+        rest = item.session.items[item.session.items.index(item) :]
+        tests = tuple(each.nodeid for each in rest if self._is_mine(each) and release_of(each) == release)
+        agenda = project.Agenda(release, tests, long=bool(item.config.getoption("--long")))
+        directory = Path(tempfile.mkdtemp(dir=self._work, prefix=f"debian-{release}-"))
+        base = image.get(release)
+        disk = directory / "project.squashfs"
+        project.make_disk(disk, *self._material, agenda)
+        return _Session(qemu.VirtualMachine(base, disk, directory))
+
+
+class _Session:
+    """A machine that works off an agenda."""
+
+    def __init__(self, machine: qemu.VirtualMachine) -> None:
+        self.machine = machine
+
+    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """Those of one test, which is the next that the machine works on. Raises qemu.HangError."""
+        silence = _LONG_TEST if item.get_closest_marker("long") else max(_BOOT, _TEST)
+        while True:
+            message = self.machine.message(silence=silence)
+            if message.get("test") != item.nodeid:
+                if message["event"] in {"report", "end", "done"}:
+                    raise qemu.HangError(f"the virtual machine went on to {message}\n{self.machine.last_words()}")
+                continue
+            if message["event"] == "report":
+                report = _report(item, message["when"], message["outcome"], message["text"])
+                report.duration = message["duration"]
+                report.sections = [(name, text) for name, text in message["sections"]]
+                if message["expected"] is not None:
+                    report.wasxfail = message["expected"]
+                yield report
+            elif message["event"] == "end":
+                return
+
+
+def release_of(item: pytest.Item) -> str:
+    """The Debian release that a test is to run on."""
+    return str(cast("pytest.Function", item).callspec.params["debian"])
+
+
+def _report(item: pytest.Item, when: str, outcome: str, text: str) -> pytest.TestReport:
+    path, line, _ = item.location
+    longrepr: Any = (path, line or 0, text) if outcome == "skipped" else text or None
+    return pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords=dict.fromkeys(item.keywords, 1),
+        outcome=cast("Literal['passed', 'failed', 'skipped']", outcome),
+        longrepr=longrepr,
+        when=cast("Literal['setup', 'call', 'teardown']", when),
+    )
+
+
+def _skipped(item: pytest.Item, reason: str) -> pytest.TestReport:
+    return _report(item, "setup", "skipped", f"Skipped: {reason}")

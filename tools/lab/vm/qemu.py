@@ -1,0 +1,122 @@
+"""One virtual machine: qemu with a throw-away copy of an image, and the channel on which it tells what it does.
+
+Emulated in software, because a KVM that is there need not work (nested ones are known to end QEMU); QEMU_ACCEL=kvm in
+the environment uses it. A machine ends with its owner, also if that is killed (parent-death signal), and when it says
+nothing for too long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from .project import CHECKOUT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .image import Image
+
+PORT = "org.sendense.tests"
+_MEMORY = "2048"
+_LAST_WORDS = 6000
+_SECONDS_TO_CONNECT = 30.0
+
+
+class HangError(Exception):
+    """The machine ended, or says nothing any more; the message holds the last that its console had."""
+
+
+class VirtualMachine:
+    """A machine that runs from its making until ``close``. ``directory`` is its own, and stays."""
+
+    def __init__(self, image: Image, project: Path, directory: Path) -> None:
+        self._console = directory / "console"
+        self._received = b""
+        disk, path = directory / "disk.qcow2", directory / "channel"
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image.disk, disk],  # noqa: S607
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        command: list[str | Path] = [
+            *("setpriv", "--pdeathsig=KILL", "--", "qemu-system-x86_64", "-nodefaults", "-display", "none"),
+            *("-machine", "q35", "-accel", os.environ.get("QEMU_ACCEL", "tcg,thread=multi"), "-cpu", "max"),
+            *("-smp", "2", "-m", _MEMORY),
+            *("-kernel", image.kernel, "-initrd", image.initrd),
+            # A panic is a new start, which the runner in there tells from one that was asked for.
+            *("-append", "root=/dev/vda rw console=ttyS0 panic=1 oops=panic quiet systemd.show_status=0"),
+            *("-drive", f"file={disk},format=qcow2,if=none,id=root,cache=unsafe"),
+            *("-device", "virtio-blk-pci,drive=root,serial=root"),
+            *("-drive", f"file={project},format=raw,if=none,id=project,readonly=on"),
+            *("-device", "virtio-blk-pci,drive=project,serial=project"),
+            *("-device", "virtio-serial-pci", "-chardev", f"socket,id=tests,path={path},server=on,wait=off"),
+            *("-device", f"virtserialport,chardev=tests,name={PORT}"),
+            *("-device", "virtio-rng-pci", "-chardev", f"file,id=console,path={self._console}"),
+            *("-serial", "chardev:console", "-nic", "none", "-monitor", "none"),
+        ]
+        self._messages = directory / "qemu"
+        with self._messages.open("wb") as messages:
+            self._qemu = subprocess.Popen(
+                command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, process_group=0
+            )
+        try:
+            self._channel = self._connect(path)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _connect(self, path: Path) -> socket.socket:
+        until = time.monotonic() + _SECONDS_TO_CONNECT
+        while not path.exists():  # qemu has no other way to say that it listens
+            if self._qemu.poll() is not None or time.monotonic() > until:
+                raise HangError(f"qemu did not start: {self._messages.read_text(errors='replace')}")
+            select.select([], [], [], 0.02)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        channel.connect(os.fspath(path))
+        return channel
+
+    def message(self, *, silence: float) -> dict[str, Any]:
+        """The next that it tells. Raises HangError if there is none within ``silence`` seconds."""
+        while b"\n" not in self._received:
+            readable, _, _ = select.select([self._channel], [], [], silence)
+            try:
+                data = self._channel.recv(1 << 16) if readable else b""
+            except ConnectionError:
+                data = b""
+            if not data:
+                why = "ended" if readable else f"said nothing for {silence:.0f} s"
+                raise HangError(f"the virtual machine {why}\n{self.last_words()}")
+            self._received += data
+        line, _, rest = self._received.partition(b"\n")
+        self._received = rest
+        return cast("dict[str, Any]", json.loads(line))
+
+    def last_words(self) -> str:
+        """The end of what is on its console, and what qemu itself had to say."""
+        texts = [file.read_text(errors="replace") for file in (self._messages, self._console) if file.exists()]
+        return "\n".join(text[-_LAST_WORDS:] for text in texts)
+
+    def _kill(self) -> None:
+        self._qemu.send_signal(signal.SIGKILL)
+        self._qemu.wait()
+
+    def close(self) -> None:
+        """Switch it off; nothing on its disk is wanted any more."""
+        self._channel.close()
+        self._kill()
+
+
+def can_run() -> str:
+    """Why no virtual machine can be run here; empty if it can."""
+    if os.geteuid() != 0:
+        return "making a virtual machine needs root"
+    missing = [tool for tool in ("qemu-system-x86_64", "mmdebstrap", "mksquashfs") if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
