@@ -593,6 +593,16 @@ async def test_a_root_outside_of_the_mounts_directory_is_not_lent(scene: Scene, 
         os.close(elsewhere)
 
 
+async def test_nothing_is_lent_to_a_reader_that_is_gone(scene: Scene, volume: Path) -> None:
+    root = os.open(volume, os.O_PATH)
+    try:
+        await scene.reader.close()
+        with pytest.raises(errors.Unavailable):
+            await scene.reader.give({"v": root})
+    finally:
+        os.close(root)
+
+
 async def test_a_file_that_arrives_in_the_moment_of_giving_up_is_closed(scene: Scene, file: int) -> None:
     opening = asyncio.create_task(scene.reader.open("v", (b"file",)))
     number = await scene.peer.number()

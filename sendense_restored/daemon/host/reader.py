@@ -116,6 +116,8 @@ class Reader:
         """
         usage: dict[str, Usage] = {}
         for volumes in _batches(sorted(roots), protocol.MAX_FDS):
+            if self._channel is None:  # and so, maybe, no process whose root is above theirs
+                raise _stopped()
             fds = [roots[volume] for volume in volumes]
             self._mount_ids.update({volume: self._mount_below(volume, roots[volume]) for volume in volumes})
 
