@@ -1,28 +1,28 @@
 """One reader process, seen from the daemon: what is asked of it, and how far its answers are believed.
 
 The daemon hands it the roots of the mount's volumes and asks for listings and files; it reads no guest file itself.
-What a reader says is believed no further than it can be checked: an answer that an honest reader would not give, or a
-descriptor that is not a read-only regular file of the volume it was asked from, ends the process, fails what is under
-way and resolves ``Reader.lost``. A ``Reader`` has one owner, who closes it; ``readers`` starts it.
+What a reader says is believed no further than it can be checked: an answer that an honest reader would not give
+(``answers.py``), or a descriptor of anything but a file of the volume it was asked from (``lent.py``), ends the
+process, fails what is under way and resolves ``Reader.lost``.
+
+A ``Reader`` has one owner, who closes it; ``readers`` starts it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
-import os
 import signal
-import stat
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from sendense_restored import errors, linux, names
+from sendense_restored import errors, names
 from sendense_restored.reader import protocol
 
 from . import answers
 from .channel import Channel
+from .lent import Lent
 from .process import internal
 
 if TYPE_CHECKING:
@@ -83,10 +83,8 @@ class Reader:
         self.lost: asyncio.Future[str] = loop.create_future()
         """Done, with a reason, when the process ends by itself or misbehaves; cancelled by ``close``."""
         self._child = child
-        self._root = root
-        """What the process has as its root."""
+        self._lent = Lent(root)
         self._seconds = seconds
-        self._mount_ids: dict[str, int] = {}
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked[Any]] = {0: _Asked(_nothing)}
         self._streaming: set[int] = set()
@@ -119,7 +117,7 @@ class Reader:
             if self._channel is None:  # and so, maybe, no process whose root is above theirs
                 raise _stopped()
             fds = [roots[volume] for volume in volumes]
-            self._mount_ids.update({volume: self._mount_below(volume, roots[volume]) for volume in volumes})
+            self._lent.add(dict(zip(volumes, fds, strict=True)))
 
             def finish(answer: object, _fds: _Fds, volumes: Sequence[str] = volumes) -> dict[str, Usage]:
                 return answers.parse_usage(answer, volumes)
@@ -128,24 +126,6 @@ class Reader:
             arguments = {"volumes": volumes, "ntfs": special, "directory": directory}
             usage |= await self._ask(_Asked(finish), "give", arguments, fds)
         return usage
-
-    def _mount_below(self, volume: str, root: int) -> int:
-        """The id of the mount that ``root`` belongs to; Failed if the process' own root is not above it.
-
-        Such a root would be a way out.
-        """
-        number = linux.mount_id(root)
-        resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS
-        try:
-            below = linux.openat2(self._root, volume.encode(), os.O_PATH, resolve=resolve)
-        except OSError as failure:
-            raise internal("handing out a volume", failure) from None
-        try:
-            if linux.mount_id(below) != number:
-                raise internal("handing out a volume", ValueError(f"{volume} is not in the mount's directory"))
-        finally:
-            os.close(below)
-        return number
 
     async def take_back(self) -> None:
         """Wait until the reader has closed all roots, or is gone; running requests are done or refused then.
@@ -156,7 +136,7 @@ class Reader:
             # Unavailable: it ended meanwhile.
             with contextlib.suppress(errors.Unavailable):
                 await self._ask(_Asked(_nothing), "take_back", {})
-        self._mount_ids.clear()
+        self._lent.clear()
         if self._channel is None:
             await self._wait_for(asyncio.shield(self._watch))
 
@@ -239,7 +219,7 @@ class Reader:
             info = answers.parse_info(answer)
             if most is not None and info.size > most:
                 raise protocol.ProtocolError("a file larger than what was asked for")
-            self._check_file(volume, info, fds)
+            self._lent.check_file(volume, info, fds)
             asked.fds.append(fds.pop())
             return info
 
@@ -315,24 +295,6 @@ class Reader:
         asked.begun.set_result(None)
         return True
 
-    def _check_file(self, volume: str, info: FileInfo, fds: _Fds) -> None:
-        """Refuse everything but one read-only regular file of the volume.
-
-        Asks only the kernel's memory, never the file system: its driver may be a hung program. The mount id cannot
-        have been reused, as the reader's root, or the owner's, holds the mount.
-        """
-        if len(fds) != 1 or info.kind != "file":
-            raise protocol.ProtocolError("no file where one was asked for")
-        flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
-        if flags & os.O_PATH or flags & os.O_ACCMODE != os.O_RDONLY:
-            raise protocol.ProtocolError("a descriptor that is not for reading")
-        if not stat.S_ISREG(linux.file_type(fds[0])):
-            raise protocol.ProtocolError("a descriptor of something that is no regular file")
-        if linux.mount_id(fds[0]) != self._mount_ids.get(volume):
-            raise protocol.ProtocolError("a file of another place than the volume it was asked from")
-        # Off with O_NONBLOCK, which the reader opened it with, and with what a hostile one may have set (O_ASYNC).
-        fcntl.fcntl(fds[0], fcntl.F_SETFL, 0)
-
     # --- the end ------------------------------------------------------------------------------------------------
 
     def _channel_ended(self, offence: protocol.ProtocolError | None) -> None:
@@ -361,7 +323,7 @@ class Reader:
 
     async def _follow(self, gone: Callable[[], None]) -> None:
         status = await self._child.wait()
-        os.close(self._root)
+        self._lent.close()
         gone()
         if self._last_kill is not None:
             self._last_kill.cancel()
