@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from sendense_restored import errors, linux, names
 
 from . import tree
-from .lines import message, unusual
+from .lines import unusual
 from .outlet import Ended
 from .protocol import I64, StreamEnd, matcher
 
@@ -115,7 +115,7 @@ class Walk:
         self._path_length = 0
 
     def open(self, stack: ExitStack) -> None:
-        """Open what the stream is of. Raises what ``tree.list_directory`` raises."""
+        """Open what the stream is of. Raises what ``tree.open_directory`` raises."""
         if self._starts and self._starts[0].entry is None:
             first = self._starts[0]
             root = stack.enter_context(self._lend(first.volume))
@@ -229,7 +229,7 @@ class Walk:
         try:
             identity = _identity(os.fstat(descriptor))
         except OSError as failure:
-            self._put_error(self._head, None, message(failure))
+            self._put_error(self._head, None, tree.problem(failure))
             return
         self._way.append(_Level(b"", 0, -1, identity))
         self._above.add(identity)
@@ -241,7 +241,7 @@ class Walk:
                         self._open_again(descriptor, level)
                     below = self._read(level, depth + len(self._way) - 1)
                 except OSError as failure:
-                    self._put_error(self._head, None, message(failure))
+                    self._put_error(self._head, None, tree.problem(failure))
                     below = False
                 if not below:
                     self._leave()
@@ -280,7 +280,7 @@ class Walk:
         try:
             descriptor = linux.openat2(level.descriptor, name, _DIRECTORY, resolve=_BELOW)
         except OSError as failure:
-            self._put_error(self._head, text, message(failure))
+            self._put_error(self._head, text, tree.problem(failure))
             return False
         below = _Level(name, len(self._head), descriptor, (0, 0))
         try:
@@ -289,11 +289,11 @@ class Walk:
             if below.identity in self._above:
                 problem = _CIRCLE
             elif status is not None and not os.path.samestat(status, opened):
-                problem = message(OSError(errno.ESTALE, ""))
+                problem = tree.problem(OSError(errno.ESTALE, ""))
             else:
                 problem = ""
         except OSError as failure:
-            problem = message(failure)
+            problem = tree.problem(failure)
         if problem:
             below.close()
             self._put_error(self._head, text, problem)
@@ -341,7 +341,7 @@ class Walk:
                             status = found.stat(follow_symlinks=False)
                             look = self._ntfs.look(level.descriptor, name, status) if self._ntfs is not None else None
                         except OSError as failure:
-                            self._put_error(self._head, text, message(failure))
+                            self._put_error(self._head, text, tree.problem(failure))
                             continue
                         self._tell(level.descriptor, status, text, name, look)
                         if self._truncated:

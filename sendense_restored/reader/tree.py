@@ -2,7 +2,8 @@
 
 Every function takes the root as an O_PATH descriptor and a path as components. The kernel resolves the path as if the
 root were ``/`` (RESOLVE_IN_ROOT): absolute links of the guest and ``..`` in them stay inside, magic links and other
-mounts are refused. What an OSError means to a client is decided once, in ``refused``.
+mounts are refused. What an OSError means to a client is decided here: in ``refused`` for a path that was asked for,
+in ``problem`` for what was met on the way.
 
 The volume is read-only, but its driver may be hostile: nothing is opened before its type is known, and nothing is
 believed to be the same because it has the same name.
@@ -53,8 +54,9 @@ _WITH_ARTICLE = {
     "file": "a file",
 }
 
-DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE})
+_DAMAGED = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ESTALE})
 NO_RESOURCES = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR})
+_SHORT = "the mount's reader is short of memory or descriptors; try again in a moment"
 
 
 def shown(path: tuple[bytes, ...]) -> str:
@@ -82,11 +84,25 @@ def refused(error: OSError, path: tuple[bytes, ...]) -> errors.RestoreError:
     if number == errno.ENAMETOOLONG:
         return errors.InvalidPath(f"{what} is longer than this volume's file system allows")
     if number in NO_RESOURCES:
-        return errors.Unavailable("the mount's reader is short of memory or descriptors; try again in a moment")
+        return errors.Unavailable(_SHORT)
+    return errors.Unreadable(_unreadable(number, what, f"at {what}"))
+
+
+def problem(error: OSError) -> str:
+    """Why what was listed a moment ago cannot be looked at, from what the kernel said; its path stands beside it."""
+    number = error.errno
+    if number in NO_RESOURCES:
+        return _SHORT
+    if number in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+        number = errno.EUCLEAN  # a file system that does not change says both that it is there and that it is not
+    return _unreadable(number, "it", "here")
+
+
+def _unreadable(number: int | None, what: str, where: str) -> str:
     reason = f"did not give {what} ({os.strerror(number) if number else 'unknown error'})"
-    if number in DAMAGED:
-        reason = f"is damaged at {what}, or its storage failed"
-    return errors.Unreadable(f"the file system {reason}; try an older backup")
+    if number in _DAMAGED:
+        reason = f"is damaged {where}, or its storage failed"
+    return f"the file system {reason}; try an older backup"
 
 
 def _resolve(root: int, path: tuple[bytes, ...], flags: int, ntfs: Ntfs | None, stream: bytes = b"") -> int:
