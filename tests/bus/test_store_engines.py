@@ -21,7 +21,9 @@ from sendense_restored.daemon.store import (
     MountStatus,
     Repository,
     Vm,
+    vms,
 )
+from sendense_restored.daemon.store.rows import Row, fetch
 from tests.bus.appliance import LAYOUTS, House
 from tests.bus.appliance import house as opened
 from tests.records import GIB, NOON, event, mount
@@ -176,6 +178,35 @@ async def test_machines_are_listed_by_name_with_their_newest_backup(any_house: H
     )
     house.appliance.remove("w2")
     assert (await house.store.vms())[0][1] == Vm("web", "web", "other", 2, NOON + timedelta(hours=1))
+
+
+async def test_of_many_backups_of_a_moment_the_newest_alone_is_fetched(
+    any_house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = any_house
+    fetched: list[Row] = []
+
+    def counted(*query: Any) -> list[Row]:  # noqa: ANN401  # those of ``fetch``
+        rows = fetch(*query)
+        fetched.extend(rows)
+        return rows
+
+    monkeypatch.setattr(vms, "fetch", counted)
+    house.appliance.add_repository("other", "/srv/other")
+    names = ["WEB", "db", "web", "wéb"]
+    for place, name in enumerate(names):
+        for number in range(20):
+            house.appliance.add(
+                f"b{place}{number:02}", vm_name=name, repository_id="main" if number < 19 else "other"
+            )
+    expected = [Vm(name, name, "other", 20, NOON) for name in names]
+    assert (await house.store.vms())[0] == expected
+    assert len(fetched) == len(names)
+    if not house.store.embedded:  # which knows the time of each
+        fetched.clear()
+        house.appliance.execute("UPDATE backup_jobs SET created_at = NULL WHERE id < 'b319'")
+        assert (await house.store.vms())[0] == [replace(vm, newest=None) for vm in expected[:-1]] + expected[-1:]
+        assert len(fetched) == len(names)
 
 
 async def test_pages_of_machines_are_complete_whatever_their_names(any_house: House) -> None:

@@ -1089,6 +1089,16 @@ async def test_contexts_that_cannot_be_read_leave_machines_their_names(
     assert caplog.text.count("virtual machines go by their names") == 1
 
 
+async def test_machines_whose_long_names_end_differently_have_repositories_of_their_own(
+    store: Store, place: Place
+) -> None:
+    place.appliance.execute("ALTER TABLE backup_jobs DROP INDEX vm_name, MODIFY vm_name TEXT")
+    for end in ("a", "b", "c"):
+        place.appliance.add_repository(end, "/srv")
+        place.appliance.add(end, vm_name="x" * 2000 + end, repository_id=end)
+    assert [(vm.vm_name[-1], vm.repository_id) for vm in (await store.vms())[0]] == [*zip("abc", "abc", strict=True)]
+
+
 def bytes_sent(server: Server) -> int:
     """So many since it was started, to all who have asked it."""
     ((_, count),) = server.execute("SHOW GLOBAL STATUS LIKE 'Bytes_sent'")

@@ -7,6 +7,7 @@ how a catalogue is read that is not ours.
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import peewee
@@ -42,6 +43,8 @@ class _Counted(NamedTuple):
 
 _TABLE = table_of(VmContext)
 _COUNTED = ("vm_name", "backups", "created_at")
+_LONGEST_KEY = 1000
+"""Bytes of a name by which partitions are told apart. MySQL and MariaDB look at 1024 (``max_sort_length``)."""
 
 
 def vms(limit: int, cursor: str) -> tuple[list[Vm], str]:
@@ -80,15 +83,25 @@ def _counted(row: Row) -> _Counted:
 
 
 def _newest_in(page: Sequence[_Counted]) -> dict[str, str]:
-    """The repository of each one's newest backup; of several of that moment, of the first in the list of backups."""
+    """The repository of each one's newest backup; of several of that moment, of the first in the list of backups.
+
+    However many are of one moment, or of none, each machine has one row of the answer.
+    """
     found: dict[str, str] = {}
-    created_at = BackupJob.created_at
+    exact, name, created_at = here().exact, BackupJob.vm_name, BackupJob.created_at
+    # Those that may be the newest of their machine, which are few, so that the others need not be put in order.
     moments = [peewee.Value(vm.stored, converter=False) for vm in page if vm.stored]
-    for some in in_parts([vm.name for vm in page]):
-        query = BackupJob.select(BackupJob.vm_name, BackupJob.repository, created_at)
-        query = query.where(BackupJob.vm_name.in_(some) & (created_at.in_(moments) | created_at.is_null()))
-        query = query.order_by(created_at, here().exact(BackupJob.id))
-        rows = fetch(query, BackupJob, ("vm_name", "repository_id", "created_at"))
+    may_be = created_at.in_(moments) | created_at.is_null()
+    order = [created_at.desc(), exact(BackupJob.id).desc()]
+    number = peewee.fn.ROW_NUMBER().over(partition_by=[exact(name)], order_by=order)
+    names = [vm.name for vm in page]
+    short = [each for each in names if len(each.encode()) <= _LONGEST_KEY]
+    alone = [[each] for each in names if len(each.encode()) > _LONGEST_KEY]
+    for some in chain(in_parts(short), alone):
+        ranked = BackupJob.select(name, BackupJob.repository, number.alias("number"))
+        ranked = ranked.where(name.in_(some) & exact(name).in_(some) & may_be).alias("ranked")
+        query = peewee.Select([ranked], [ranked.c.vm_name, ranked.c.repository_id]).where(ranked.c.number == 1)
+        rows = fetch(query, BackupJob, ("vm_name", "repository_id"))
         found.update(meant(rows, lambda row: (row.text("vm_name"), row.text("repository_id")), "a backup of"))
     return found
 
