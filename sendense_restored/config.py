@@ -59,7 +59,8 @@ class Mounts:
 class Attach:
     """Section ``[attach]``: from an image chain to a block device."""
 
-    backend: Literal["auto", "fuse"] = "auto"
+    backend: Literal["auto", "nbd", "fuse"] = "auto"
+    """``auto``: NBD where there is a device for each disk of a mount, else FUSE; ``nbd``: or not at all."""
     timeout: float = 30.0
     """Seconds that one step of attaching a disk or mounting a volume may take."""
     overlay_size: int = 1 << 30
@@ -67,9 +68,11 @@ class Attach:
     overlay_dir: Path | None = None
     """A directory on a disk that takes it instead, if memory is short."""
     server_uid: int = 60999
-    """The uid of tools that create images (qemu-img)."""
+    """The uid of programs that serve images over NBD and connect them, and of those that create images."""
     probe_uid: int = 60998
     """The uid of tools that read partition tables and superblocks."""
+    nbd_devices: range = range(8)
+    """The numbers of the NBD devices that are ours to use."""
 
 
 @dataclass(frozen=True)
@@ -285,9 +288,16 @@ def _uid_range(name: str, value: object) -> range:
     return range(int(match[1]), int(match[2]) + 1)
 
 
+def _device_range(name: str, value: object) -> range:
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", value, re.ASCII) if isinstance(value, str) else None
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        raise ConfigError(f"{name} must be a range such as '0-7', or a single number such as '3'")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
 def _backend(name: str, value: object) -> str:
-    if value not in ("auto", "fuse"):  # a tuple: the value may be unhashable
-        raise ConfigError(f"{name} must be 'auto' or 'fuse'")
+    if value not in ("auto", "nbd", "fuse"):  # a tuple: the value may be unhashable
+        raise ConfigError(f"{name} must be 'auto', 'nbd' or 'fuse'")
     return str(value)
 
 
@@ -324,6 +334,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "limits.listings": _count(1, 64),
     "limits.file_bytes": _limit,
     "attach.backend": _backend,
+    "attach.nbd_devices": _device_range,
     "attach.timeout": _duration,
     "attach.overlay_size": _size,
     "attach.overlay_dir": _path,

@@ -152,9 +152,10 @@ class Simulator:
             raise errors.ImageRefused(f"{path} is missing; bring it back")
         return Image(self, repository / path)
 
-    async def attach(self, opened: Image, workplace: Workplace, index: int) -> Attachment:
-        await self.step("attach", str(index))
-        return Attachment(self, opened, workplace)
+    async def attach(self, images: Sequence[Image], workplace: Workplace, made: list[Attachment]) -> None:
+        for index, image in enumerate(images):
+            await self.step("attach", str(index))
+            made.append(Attachment(self, image, workplace))
 
     async def discover(
         self, attachment: Attachment, workplace: Workplace, index: int, prefix: str

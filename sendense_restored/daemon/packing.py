@@ -246,10 +246,12 @@ def in_use(mounts: Mounts) -> list[dict[str, Variant]]:
 def resources(mounts: Mounts, sweep: Sweep, found: Resources) -> dict[str, Variant]:
     """As GetResources has it."""
     settings = mounts.config.mounts
-    devices = [(device, "ours", mount.id) for mount in mounts for device in mount.devices]
-    devices += [
+    # Partitions of a device of the pool are told with that device.
+    loops = [(device, "ours", mount.id) for mount in mounts for device in mount.devices]
+    loops += [
         (str(device.path), "draining", each.mount_id) for each in mounts.places.draining for device in each.devices
     ]
+    devices = [*found.devices, *(loop for loop in loops if not loop[0].startswith("/dev/nbd"))]
     taken = mounts.places.taken
     return _pack(
         _RESOURCES,

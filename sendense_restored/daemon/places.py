@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sendense_restored.config import Mounts as Settings
 
     from .host.clock import Clock
-    from .host.loop import BlockDevice
+    from .host.loop import Drain
     from .lease import Holder
     from .mount import Mount
     from .session import Key
@@ -35,7 +35,7 @@ MOST_QUEUED = 64
 class Draining:
     """Devices of a mount that has ended, still held by somebody abroad."""
 
-    def __init__(self, mount_id: str, holders: Collection[Holder], devices: Collection[BlockDevice]) -> None:
+    def __init__(self, mount_id: str, holders: Collection[Holder], devices: Collection[Drain]) -> None:
         self.mount_id = mount_id
         self.holders = frozenset(holders)
         self.devices = list(devices)

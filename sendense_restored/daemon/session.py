@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .host.attach import Attachment, Workplace
     from .host.image import Image
-    from .host.loop import BlockDevice
+    from .host.loop import Drain
     from .host.reader import Reader, Stream
     from .store import Backup, BackupDisk, Repository
     from .volume import Journal, Machine
@@ -98,6 +98,7 @@ class Session:
         self._workplace: Workplace
         self._layers: list[_Layer] = []
         self._attachments: list[Attachment] = []
+        self._left: list[Drain] = []
         self._images: list[Image] = []
         self._reader: Reader | None = None
         self._starting: asyncio.Task[Reader] | None = None
@@ -111,6 +112,7 @@ class Session:
         """
         self.state, self.error = State.MOUNTING, ""
         self.volumes.clear()
+        self._left.clear()
         self._reader = self._starting = None
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
@@ -127,9 +129,8 @@ class Session:
             image = await self._machine.open_image(self.wish.repository.root, disk.qcow2_path)
             self._images.append(image)
         self._note("attachments", self._close_attachments)
-        for index, image in enumerate(self._images):
-            attachment = await self._machine.attach(image, self._workplace, index)
-            self._attachments.append(attachment)
+        await self._machine.attach(self._images, self._workplace, self._attachments)
+        for attachment in self._attachments:
             attachment.lost.add_done_callback(self._part_lost)
         self._note("devices", self._close_devices)
         self._note("volumes", self._unmount_volumes)
@@ -180,9 +181,9 @@ class Session:
         return bool(self._layers)
 
     @property
-    def draining(self) -> list[BlockDevice]:
+    def draining(self) -> list[Drain]:
         """Devices that were let go of while somebody abroad still used them."""
-        return [device for volume in self.volumes.values() for device in volume.draining]
+        return [*self._left, *(device for volume in self.volumes.values() for device in volume.draining)]
 
     @property
     def mount_ids(self) -> set[int]:
@@ -266,8 +267,10 @@ class Session:
 
     async def _close_attachments(self) -> None:
         while self._attachments:
-            await self._attachments[-1].close()
+            left = await self._attachments[-1].close()
             self._attachments.pop()
+            if left is not None:
+                self._left.append(left)
 
     async def _close_images(self) -> None:
         while self._images:

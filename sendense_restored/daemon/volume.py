@@ -12,7 +12,7 @@ from .host.volumes import VolumeState
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from sendense_restored.reader.protocol import Usage
@@ -37,7 +37,9 @@ Journal = Literal["replay", "as-crashed"]
 class Machine(Protocol):
     """What a session needs of the host; ``host.machine.Machine`` is the real one."""
 
-    backend: str
+    @property
+    def backend(self) -> str:
+        """How disks become block devices: ``nbd`` or ``fuse``."""
 
     lost: asyncio.Future[str]
     """Done, with a reason, when the service cannot go on and must be started anew."""
@@ -51,8 +53,8 @@ class Machine(Protocol):
     async def open_image(self, repository: Path, path: str) -> Image:
         """Open and check a disk's chain."""
 
-    async def attach(self, opened: Image, workplace: Workplace, index: int) -> Attachment:
-        """Serve a chain as a block device."""
+    async def attach(self, images: Sequence[Image], workplace: Workplace, made: list[Attachment]) -> None:
+        """Serve all chains of a mount as block devices; each is in ``made`` as soon as it stands."""
 
     async def discover(
         self, attachment: Attachment, workplace: Workplace, index: int, prefix: str

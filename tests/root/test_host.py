@@ -17,6 +17,7 @@ import pytest
 
 from sendense_restored import config, errors, linux
 from sendense_restored.daemon.host.leftovers import SOURCE
+from sendense_restored.daemon.host.loop import LoopDevice
 from sendense_restored.daemon.host.machine import Machine
 from sendense_restored.daemon.host.udev import BlockEvents
 from sendense_restored.daemon.session import Session, State, Wish
@@ -123,6 +124,7 @@ async def test_a_device_that_is_held_abroad_drains_until_its_last_user_lets_go(c
     async with somebody_with(session):
         await session.force()
         (device,) = session.draining
+        assert isinstance(device, LoopDevice)
         assert not device.is_freed()
         freed = asyncio.create_task(device.freed())
         await asyncio.sleep(0)  # one turn, in which it looks for the first time

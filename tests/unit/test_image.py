@@ -566,15 +566,26 @@ def test_without_locks_on_the_file_system_qemu_is_told_not_to_take_any(
     repository: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     put(repository, "vm1/top")
+    real = fcntl.fcntl
 
-    def no_locks(*_: object) -> bytes:
-        raise OSError(number, os.strerror(number))
+    def no_locks(fd: int, command: int, argument: int | bytes = 0) -> int | bytes:
+        if command == fcntl.F_OFD_GETLK:
+            raise OSError(number, os.strerror(number))
+        return real(fd, command, argument)
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
     with open_chain(repository, "vm1/top", depth=1) as chain:
         assert chain.locking == "off"
         assert '"locking": "off"' in json.dumps(blockdev(chain))
         assert '"locking": "auto"' in json.dumps(blockdev(chain, locking="auto"))
+
+
+def test_the_first_few_descriptors_are_no_layer_s(repository: Path) -> None:
+    """Programs that inherit them take 3 for a socket (sd_listen_fds(3))."""
+    put(repository, "vm1/top")
+    with open_chain(repository, "vm1/top", depth=1) as chain:
+        assert chain.layers[0].fd >= 10
+        assert not os.get_inheritable(chain.layers[0].fd)
 
 
 def test_a_file_swapped_after_the_check_does_not_matter(repository: Path) -> None:

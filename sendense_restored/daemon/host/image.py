@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Format = Literal["qcow2", "raw"]
 Locking = Literal["auto", "off"]
 
+_LOWEST = 10
+"""The least number that a layer's descriptor has."""
 _RESOLVE = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS
 
 # QEMU takes a shared lock on byte 100 + N of an image for a permission that it uses and on byte 200 + N for one that
@@ -278,9 +280,14 @@ def _open_file(root: _Repository, where: _Where) -> int:
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise errors.ImageRefused(f"{where} is not a regular file, and only those are read; correct the chain")
-        return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        file = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     finally:
         os.close(handle)
+    try:
+        # QEMU gets it under the same number, and to programs the first few mean something (3: sd_listen_fds(3)).
+        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _LOWEST)
+    finally:
+        os.close(file)
 
 
 def _check_unlocked(fd: int, where: _Where) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .udev import BlockEvents
 
 # <linux/fs.h>
-_BLKROSET = 0x125D
+BLKROSET = 0x125D
 # <linux/loop.h>
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
@@ -33,12 +33,22 @@ _LOOP_CONFIG = struct.Struct("=II QQQQQ IIII 64s 64s 32s QQ 64x")
 _LOOP_TRIES = 64
 
 
-class BlockDevice(Protocol):
-    """A block device that carries one volume (or a whole disk, for probing)."""
+class Drain(Protocol):
+    """A block device that was let go of, and that somebody abroad may still hold."""
 
     @property
     def path(self) -> Path:
         """The node, such as ``/dev/loop3``."""
+
+    def is_freed(self) -> bool:
+        """Whether the kernel has cleared it; a look at sysfs, which waits for nobody."""
+
+    async def freed(self) -> None:
+        """Wait, however long that takes, until the kernel has cleared it: for what ``close`` found busy."""
+
+
+class BlockDevice(Drain, Protocol):
+    """A block device that carries one volume (or a whole disk, for probing)."""
 
     @property
     def read_only(self) -> bool:
@@ -56,12 +66,6 @@ class BlockDevice(Protocol):
         Raises errors.Busy while somebody else still uses it; the kernel frees it when they let go, and another
         ``close`` looks again. It must not be used any more either way.
         """
-
-    def is_freed(self) -> bool:
-        """Whether the kernel has cleared it; a look at sysfs, which waits for nobody."""
-
-    async def freed(self) -> None:
-        """Wait, however long that takes, until the kernel has cleared it: for what ``close`` found busy."""
 
 
 class LoopDevice:
@@ -94,7 +98,7 @@ class LoopDevice:
                         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), f"/dev/loop{number}")
                     fcntl.ioctl(device, _LOOP_CONFIGURE, config)
                     if writable:  # the flag outlives its device: who was killed in the midst of a mount leaves it set
-                        fcntl.ioctl(device, _BLKROSET, struct.pack("i", 0))
+                        fcntl.ioctl(device, BLKROSET, struct.pack("i", 0))
                 except OSError as error:
                     os.close(device)
                     if error.errno != errno.EBUSY:
@@ -107,7 +111,7 @@ class LoopDevice:
 
     def set_read_only(self, *, refuse: bool) -> None:
         """See ``BlockDevice``. A flag of the kernel's: whoever serves the device has no part in it."""
-        fcntl.ioctl(self._descriptor, _BLKROSET, struct.pack("i", refuse))
+        fcntl.ioctl(self._descriptor, BLKROSET, struct.pack("i", refuse))
 
     def sectors_written(self) -> int:
         """See ``BlockDevice``; field 7 of the stat file."""

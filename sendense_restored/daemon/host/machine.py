@@ -17,7 +17,7 @@ from weakref import WeakSet
 from sendense_restored import errors, linux
 
 from . import attach, filesystem, holders, image, keeper, leftovers, resources, shell, volumes
-from .attach import FuseAttachment
+from .attach import Attacher
 from .keeper import Keeper
 from .process import Tools
 from .readers import Readers
@@ -26,7 +26,7 @@ from .threads import Threads
 from .workplace import Workplace, remove_forgotten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
     from typing import Literal
 
@@ -57,13 +57,12 @@ _REQUIRED = {
 class Machine:
     """The real one."""
 
-    backend = "fuse"
-
     def __init__(self, config: Config, events: BlockEvents, tools: Tools, keeping: Keeper) -> None:
         self._config, self._events, self._keeper = config, events, keeping
         self._tools = replace(tools, held=keeping.held)
         self._readers = Readers(self._tools, config)
         self._threads = Threads()
+        self._attacher = Attacher(self._tools, config, events, self._threads)
         # Those of mounts that are gone leave by themselves; their own way to end is ``close``.
         self._workplaces: WeakSet[Workplace] = WeakSet()
         self._shells = shell.Shells(self._tools, config.mounts.directory)
@@ -73,12 +72,18 @@ class Machine:
     @classmethod
     async def start(cls, config: Config, events: BlockEvents) -> Self:
         """Find the programs and start what watches over the mount namespace. Raises process.ToolMissingError."""
-        tools = Tools.find(_REQUIRED, (*filesystem.OPTIONAL_TOOLS, *shell.OPTIONAL_TOOLS))
+        tools = Tools.find(_REQUIRED, (*attach.OPTIONAL_TOOLS, *filesystem.OPTIONAL_TOOLS, *shell.OPTIONAL_TOOLS))
         return cls(config, events, tools, await Keeper.start(tools))
+
+    @property
+    def backend(self) -> str:
+        """How disks become block devices: ``nbd`` or ``fuse``."""
+        return self._attacher.backend
 
     async def close(self) -> None:
         """End what ``start`` started; everything else must be closed before."""
         await self._shells.close()
+        await self._attacher.close()
         await self._keeper.close()
 
     def check_room(self, mounts: int, disks: int) -> None:
@@ -103,6 +108,7 @@ class Machine:
             overlay_used=used,
             overlay_limit=most,
             uids_free=self._readers.uids_free,
+            devices=tuple(self._attacher.devices()),
         )
 
     async def holders(self, mount_ids: Collection[int]) -> list[Holding]:
@@ -152,10 +158,9 @@ class Machine:
         except TimeoutError:
             raise errors.Timeout("the repository did not answer in time; check its storage and try again") from None
 
-    async def attach(self, opened: Image, workplace: Workplace, index: int) -> Attachment:
-        """Serve a chain as a block device."""
-        parts = (self._tools, self._config, self._events, self._threads)
-        return await FuseAttachment.open(*parts, opened, workplace, index)
+    async def attach(self, images: Sequence[Image], workplace: Workplace, made: list[Attachment]) -> None:
+        """Serve all chains of a mount as block devices; see ``attach.Attacher.attach``."""
+        await self._attacher.attach(images, workplace, made)
 
     async def discover(
         self, attachment: Attachment, workplace: Workplace, index: int, prefix: str

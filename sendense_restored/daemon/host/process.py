@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import errors, names
 
+from . import mountinfo
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -40,6 +42,19 @@ _ON_TERMINAL = """exec <>/proc/self/fd/0 >&0 2>&0
 (: </dev/tty) 2>/dev/null && exec "$@"
 echo 'sendense-restored: this terminal cannot be had, another session has it; make a new one' >&2
 exit 126"""
+# Lets go of mounts whose copies came with a new namespace: their places stand first, up to a dash.
+_WITHOUT = """
+while [ "$1" != - ]; do
+    umount -i -n --lazy "$1"
+    shift
+done
+shift
+exec "$@"
+"""
+# Makes of the standard input what sd_listen_fds(3) looks for. The process stays the same through exec, so $$ is the
+# program's own number.
+_ACTIVATED = 'exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+_ACTIVATED_NUMBER = 3
 _MOST_OUTPUT = 4 << 20
 # A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
 _GRACE = 5.0
@@ -83,6 +98,9 @@ class Jail:
     own_mounts: bool = False
     """Whether it gets a mount namespace of its own, a copy of ours. A server must: one that is the last to hold a
     namespace takes its mounts down while it dies, and waits for ever for itself if it serves one of them."""
+    without: tuple[Path, ...] = ()
+    """Places that it lets go of there, with all that is mounted on and below them; ``own_mounts`` only. Needs
+    umount(8)."""
     memory: int = 512 << 20
     cpu: int | None = 60
     files: int = 256
@@ -149,6 +167,9 @@ class Tools:
             spaces += ["--mount", "--propagation=slave"]
         if spaces:
             command += [self.paths["unshare"], *spaces, "--"]
+        if there := [str(place) for place in jail.without if mountinfo.mounted_on(place) is not None]:
+            # While it still may: most programs end up without the right to unmount anything.
+            command += [self.paths["sh"], "-euc", _WITHOUT, "sh", *there, "-"]
         kept = "".join(f",+{capability}" for capability in sorted(jail.capabilities))
         # From here on the daemon's death kills it; one that came earlier is found out by the last link of the chain.
         command += [self.paths["setpriv"], "--no-new-privs", "--pdeathsig=KILL", f"--bounding-set=-all{kept}"]
@@ -200,6 +221,15 @@ class Tools:
         if self.held >= 0 and not jail.own_mounts:
             fds = (*fds, self.held)
         return await _spawn(self.argv(jail, name, *arguments), name, fds, capture=capture, environment=environment)
+
+    async def spawn_listening(
+        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int] = ()
+    ) -> Child:
+        """The same for a server that serves a socket which listens already (sd_listen_fds(3), LISTEN_FDS)."""
+        if _ACTIVATED_NUMBER in fds or not jail.own_mounts:
+            raise ValueError("descriptor 3 will be the socket, and a server has mounts of its own")
+        argv = self.argv(jail, "sh", "-euc", _ACTIVATED, "sh", self.paths[name], *arguments)
+        return await _spawn(argv, name, fds, capture=False, environment=None, stdin=listening)
 
     async def spawn_keeper(self, name: str, *arguments: str, stdin: int) -> Child:
         """Start the one program that outlives the daemon for a moment (``keeper``): no parent-death signal."""

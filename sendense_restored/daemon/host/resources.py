@@ -14,6 +14,7 @@ import resource
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sendense_restored import errors
 
@@ -39,6 +40,16 @@ _FDS_RESERVE = 128
 _GONE = (FileNotFoundError, ProcessLookupError)
 
 
+class Device(NamedTuple):
+    """A block device of the pool."""
+
+    path: str
+    state: str
+    """``free``; ``ours``; ``draining``: let go of, and held by somebody abroad; ``foreign``: others use it."""
+    mount: str
+    """The id of the mount that it is or was for; empty for none that is known."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What is used and what there is; sizes in bytes."""
@@ -52,6 +63,8 @@ class Resources:
     overlay_limit: int
     uids_free: int
     """For readers."""
+    devices: tuple[Device, ...] = ()
+    """NBD devices that the service may use; loop devices are in no pool."""
 
 
 def check_room(mounts: int, disks: int, *, depth: int, uids_free: int, overlay_dir: Path | None = None) -> None:

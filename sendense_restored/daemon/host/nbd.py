@@ -1,0 +1,418 @@
+"""A disk as an NBD device: an unprivileged ``qemu-nbd``, and ``nbd-client`` that binds it to ``/dev/nbdX``.
+
+The server gets a listening socket that has no name: the daemon makes it, and nobody but its own client can reach it,
+through a descriptor. The daemon connects first and reads the greeting, which QEMU sends once it has opened the whole
+chain; so what the server refuses is known before any device is touched. The client stays in the foreground, inside
+the ioctl that is the connection (NBD_DO_IT): its death, however it comes, is the disconnection, and can hit no
+connection but its own. That is why closing kills the client, and never runs ``nbd-client -d``, which disconnects
+whoever is on the device by then.
+
+Both children have mount namespaces without the daemon's mounts, and the uid of ``attach.server_uid``. The server may
+reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH). The client needs CAP_SYS_ADMIN for the
+driver's ioctls, and a node of its own for the one device, as it may not open those in ``/dev``.
+
+nbd-client sets sizes and clears the socket of whatever device it is given before the kernel has a chance to refuse:
+on a device that somebody connected a moment ago it would do harm. The last look at ``pid`` is therefore taken in its
+own process, right before it starts. Programs that heed the lock file are safe without that.
+
+``nbd-client -timeout`` bounds how long the kernel waits for an answer: a hung server means EIO, never a process that
+cannot be killed. The kernel looks for partitions when the device is opened first (GD_NEED_PART_SCAN), which is done
+in a thread here and not left to chance; an open that came back has made the nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import stat
+import struct
+from typing import TYPE_CHECKING, Final
+
+from sendense_restored import errors
+
+from .loop import BLKROSET, LoopDevice
+from .nbd_pool import SECTOR, numbers_of, open_node
+from .process import Jail
+from .served import SERVER_MEMORY, Served, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from sendense_restored.config import Config
+
+    from .image import Image
+    from .loop import BlockDevice
+    from .nbd_pool import NbdDevice, Pool
+    from .process import Child, Tools
+    from .threads import Threads
+    from .udev import BlockEvents
+    from .workplace import Workplace
+
+log = logging.getLogger(__name__)
+
+TOOLS: Final = {"qemu-nbd": "qemu-utils", "nbd-client": "nbd-client"}
+
+_EXPORT = "disk"
+_GREETING = b"NBDMAGICIHAVEOPT"  # docs/interop/nbd, doc/proto.md of NBD: newstyle
+# A full overlay on a disk is an error (EFBIG) to QEMU and not its end.
+_SERVE = "trap '' XFSZ; exec \"$@\""
+_TAKEN = 75
+_LAST_LOOK = f"""
+[ ! -e "$1" ] || exit {_TAKEN}
+shift
+exec "$@"
+"""
+_SERVER_THREADS = 4096
+"""For all servers together, which have one uid: QEMU has up to 64 each."""
+_GRACE = 2.0
+"""Seconds for a client to tidy up whose server has gone."""
+
+
+class DevicesGoneError(Exception):
+    """The devices that were free when they were counted are not any more."""
+
+
+class NbdAttachment(Served):
+    """A disk on an NBD device; see ``attach.Attachment``. Owns the device from the beginning."""
+
+    def __init__(
+        self, tools: Tools, config: Config, events: BlockEvents, threads: Threads, pool: Pool, device: NbdDevice
+    ) -> None:
+        super().__init__(tools, config, events, threads)
+        self._pool, self.device = pool, device
+        self._client: Child | None = None
+        self._killed = False
+        self._node: Path | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        tools: Tools,
+        config: Config,
+        events: BlockEvents,
+        threads: Threads,
+        image: Image,
+        workplace: Workplace,
+        index: int,
+        pool: Pool,
+        device: NbdDevice,
+    ) -> NbdAttachment:
+        """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to, on ``device``.
+
+        If somebody takes the device meanwhile, another one of the ``pool``. Raises DevicesGoneError if there is none;
+        errors.ImageRefused, Timeout, NoSpace, BackupNotReady or Failed. Nothing is left then.
+        """
+        attachment = cls(tools, config, events, threads, pool, device)
+        try:
+            await attachment._open(image, workplace, index)
+        except BaseException:
+            await attachment.close()
+            raise
+        return attachment
+
+    async def _open(self, image: Image, workplace: Workplace, index: int) -> None:
+        self.size = image.virtual_size
+        overlay = await self._make_overlay(workplace, index, owner=self._config.attach.server_uid)
+        try:
+            node, fds = self._chain(image, overlay)
+            directory = os.open(workplace.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                door = await self._start_server(node, fds, workplace, directory, f"server-{index}")
+                try:
+                    await self._check_unchanged(image)
+                    tried: set[int] = set()
+                    while not await self._connect(workplace, directory, door):
+                        tried.add(self.device.number)
+                        await self._take_another(tried)
+                finally:
+                    os.close(door)
+            finally:
+                os.close(directory)
+        finally:
+            os.close(overlay)
+        await self._ask(self.device.settle, lambda _: None)
+        log.info("%s serves disk %d of %s", self.device.path, index, self.device.mount)
+
+    # --- the server ---------------------------------------------------------------------------------------------
+
+    async def _start_server(
+        self, node: dict[str, object], fds: tuple[int, ...], workplace: Workplace, directory: int, name: str
+    ) -> int:
+        """Start it, and see that it has opened the chain; a descriptor that its socket is reached through."""
+        jail = Jail(
+            self._config.attach.server_uid,
+            capabilities=frozenset({"dac_read_search"}),
+            own_mounts=True,
+            without=self._places(workplace),
+            memory=SERVER_MEMORY,
+            cpu=None,
+            files=4096,
+            processes=_SERVER_THREADS,
+            file_size=workplace.overlay_limit,
+        )
+        listening, door = _listen(directory, name, self._config.attach.server_uid)
+        try:
+            with listening:
+                self._server = await self._tools.spawn_listening(
+                    jail,
+                    *("sh", "-euc", _SERVE, "sh", self._tools.paths["qemu-nbd"]),
+                    *("--persistent", "--shared=1", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
+                    listening=listening.fileno(),
+                    fds=fds,
+                )
+            # From here on only the server has the socket: if it ends, so do those who wait there.
+            try:
+                async with asyncio.timeout(self._config.attach.timeout):
+                    ready = await _server_answers(door)
+            except TimeoutError:
+                raise errors.Timeout("the image server did not start in time; try again") from None
+            if not ready:
+                await self._server.close()
+                raise refusal(self._server)
+        except BaseException:
+            os.close(door)
+            raise
+        self._watch(self._server, "image server")
+        return door
+
+    # --- the client ---------------------------------------------------------------------------------------------
+
+    async def _connect(self, workplace: Workplace, directory: int, door: int) -> bool:
+        """Have a client bind the device; False if it cannot, which need not be the case for another device."""
+        assert self._server is not None
+        device, seconds = self.device, self._config.attach.timeout
+        try:
+            self._make_node(workplace)
+        except (OSError, ValueError) as error:
+            log.warning("not using %s: %s", device.path, error)
+            return False
+        client = self._client = await self._tools.spawn(
+            Jail(
+                self._config.attach.server_uid,
+                capabilities=frozenset({"sys_admin"}),
+                own_mounts=True,
+                without=self._places(workplace),
+                memory=64 << 20,
+                cpu=None,
+                files=64,
+                processes=_SERVER_THREADS,
+            ),
+            *("sh", "-euc", _LAST_LOOK, "sh", str(device.sysfs / "pid"), self._tools.paths["nbd-client"]),
+            *("-nonetlink", "-nofork", "-timeout", str(math.ceil(seconds)), "-N", _EXPORT),
+            *("-unix", f"/proc/self/fd/{door}", f"/proc/self/fd/{directory}/{device.path.name}"),
+            fds=(door, directory),
+        )
+        ready = self._events.until(lambda: device.is_served_by(client.pid, self.size), seconds=seconds)
+        if await _first(ready, client.wait(), self._server.wait()):
+            self._watch(client, "device client")
+            return True
+        if self._server.ended:
+            raise refusal(self._server)
+        if not client.ended:
+            raise errors.Timeout("the device did not appear in time; try again")
+        why = "somebody else took it" if await client.wait() == _TAKEN else client.stderr
+        log.warning("not using %s: %s", device.path, why)
+        return False
+
+    def _make_node(self, workplace: Workplace) -> None:
+        """A node of the client's own: its base name must be the device's, which is how nbd-client knows it."""
+        self._remove_node()
+        node, uid = workplace.path / self.device.path.name, self._config.attach.server_uid
+        os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(*numbers_of(self.device.sysfs)))
+        self._node = node
+        os.chown(node, uid, uid)
+
+    def _remove_node(self) -> None:
+        if self._node is not None:
+            self._node.unlink(missing_ok=True)
+            self._node = None
+
+    async def _take_another(self, tried: set[int]) -> None:
+        found = self._pool.take(1, self.device.mount, without=tried)
+        if found is None:
+            raise DevicesGoneError
+        before, self.device = self.device, found[0]
+        await self._pool.give_back(before)
+
+    # --- using it, and the end ----------------------------------------------------------------------------------
+
+    async def slice(self, start: int, size: int, *, writable: bool) -> BlockDevice:
+        """See ``Attachment``: a node of the kernel's where it has one for these bytes, else a loop over the device.
+
+        Raises errors.NoDevice, Timeout or Failed.
+        """
+        return await self._ask(lambda: self._bind(start, size, writable=writable), _drop)
+
+    def _bind(self, start: int, size: int, *, writable: bool) -> BlockDevice:
+        device = self.device
+        if (start, size) == (0, self.size):
+            return NbdNode.open(device.path, device.sysfs, None, self._close_node, writable=writable)
+        if (found := device.node_of(start, size)) is not None:
+            try:
+                return NbdNode.open(*found, (start, size), self._close_node, writable=writable)
+            except (OSError, ValueError) as error:  # the kernel has just looked anew, or never made the node
+                log.warning("not using %s: %s", found[0], error)
+        file = open_node(device.path, numbers_of(device.sysfs), os.O_RDWR)
+        try:
+            return LoopDevice.bind(file, start, size, self._events, writable=writable)
+        finally:
+            os.close(file)
+
+    async def _close_node(self, close: Callable[[], None]) -> None:
+        # The last one to close a device writes what is left in the cache, and waits for the server.
+        await self._ask(close, lambda _: None)
+
+    def kill(self) -> None:
+        """See ``Attachment``. The client then ends by itself, and answers what waits with errors on its way."""
+        self._killed = True
+        super().kill()
+
+    async def close(self) -> NbdDevice | None:
+        """See ``Attachment``; may be called again. Raises errors.Busy."""
+        self._closing = True
+        if self._client is not None:
+            # Killed between the end of its ioctl and its last words to the kernel, it would leave requests that were
+            # on their way to wait until their time is up.
+            if self._killed:
+                await self._client.ends_within(_GRACE)
+            if not await self._client.close():
+                raise errors.Busy("the device's client cannot be ended, because the device does not answer")
+        await self._end_server()
+        self._remove_node()
+        return await self._pool.give_back(self.device)
+
+
+async def _first(wanted: Awaitable[bool], *ends: Awaitable[object]) -> bool:
+    """Whether ``wanted`` comes true before any of ``ends`` does."""
+    waiting = asyncio.ensure_future(wanted)
+    others = [asyncio.ensure_future(end) for end in ends]
+    try:
+        await asyncio.wait({waiting, *others}, return_when=asyncio.FIRST_COMPLETED)
+        return waiting.done() and waiting.result()
+    finally:
+        for each in (waiting, *others):
+            each.cancel()
+        await asyncio.wait({waiting, *others})
+
+
+def _listen(directory: int, name: str, uid: int) -> tuple[socket.socket, int]:
+    """A listening socket without a name, and a descriptor (O_PATH) that programs of ``uid`` may connect through."""
+    path = f"/proc/self/fd/{directory}/{name}"  # short, wherever the directory lies: sun_path has 108 bytes
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        door = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.chown(path, uid, uid, follow_symlinks=False)
+            os.unlink(path)  # noqa: PTH108 - as the line that opened it
+            listening.listen(2)
+        except BaseException:
+            os.close(door)
+            raise
+    except BaseException:
+        listening.close()
+        raise
+    return listening, door
+
+
+async def _server_answers(door: int) -> bool:
+    """Whether QEMU greets, which it does when it has opened everything; False if it has ended instead."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+        try:
+            await loop.sock_connect(connection, f"/proc/self/fd/{door}")
+            received = b""
+            while len(received) < len(_GREETING):
+                chunk = await loop.sock_recv(connection, len(_GREETING) - len(received))
+                if not chunk:
+                    return False
+                received += chunk
+        except ConnectionError:
+            return False
+    return received == _GREETING
+
+
+def _drop(device: BlockDevice) -> None:
+    """Let go of a slice that came too late."""
+    assert isinstance(device, LoopDevice | NbdNode)
+    device.drop()
+
+
+class NbdNode:
+    """A node of the kernel's, for the whole device or for one partition, while one volume uses it.
+
+    The descriptor is held all the time: as long as a partition is open, the kernel does not look for partitions anew
+    and take the node away (bdev_disk_changed).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sysfs: Path,
+        descriptor: int,
+        close: Callable[[Callable[[], None]], Awaitable[None]],
+        *,
+        read_only: bool,
+    ) -> None:
+        self.path, self.read_only = path, read_only
+        self._sysfs, self._descriptor, self._close = sysfs, descriptor, close
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        sysfs: Path,
+        where: tuple[int, int] | None,
+        close: Callable[[Callable[[], None]], Awaitable[None]],
+        *,
+        writable: bool,
+    ) -> NbdNode:
+        """``where``: beginning and size in bytes that a partition must have, looked at once it cannot change.
+
+        For a thread. Raises OSError, ValueError.
+        """
+        descriptor = open_node(path, numbers_of(sysfs), os.O_RDONLY)
+        try:
+            if where is not None:
+                there = tuple(int((sysfs / name).read_text(encoding="ascii")) * SECTOR for name in ("start", "size"))
+                if there != where:
+                    raise ValueError(f"it has moved to {there}")
+            fcntl.ioctl(descriptor, BLKROSET, struct.pack("i", not writable))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(path, sysfs, descriptor, close, read_only=not writable)
+
+    def set_read_only(self, *, refuse: bool) -> None:
+        """See ``BlockDevice``."""
+        fcntl.ioctl(self._descriptor, BLKROSET, struct.pack("i", refuse))
+
+    def sectors_written(self) -> int:
+        """See ``BlockDevice``; field 7 of the stat file."""
+        return int((self._sysfs / "stat").read_text(encoding="ascii").split()[6])
+
+    def drop(self) -> None:
+        """Let go of it, as it was. May be called again; for a thread."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # the flag of a whole device is the next user's, who sets it anew
+                fcntl.ioctl(descriptor, BLKROSET, struct.pack("i", 0))
+            os.close(descriptor)
+
+    async def close(self) -> None:
+        """See ``BlockDevice``; it is the device below that others may still hold. Raises errors.Timeout, Failed."""
+        await self._close(self.drop)
+
+    def is_freed(self) -> bool:
+        """See ``BlockDevice``."""
+        return self._descriptor < 0
+
+    async def freed(self) -> None:
+        """See ``BlockDevice``."""
