@@ -425,7 +425,7 @@ async def test_a_cancelled_start_leaves_nothing(host: Host, pool: Pool, workplac
 @contextmanager
 def door(directory: Path) -> Iterator[tuple[socket.socket, int]]:
     handle = os.open(directory, os.O_PATH)
-    listening, through = _listen(handle, "server-0", os.geteuid())
+    listening, through = _listen(handle, "server-0")
     os.close(handle)
     try:
         yield listening, through

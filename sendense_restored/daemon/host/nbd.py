@@ -157,7 +157,7 @@ class NbdAttachment(Served):
             processes=_SERVER_THREADS,
             file_size=workplace.overlay_limit,
         )
-        listening, door = _listen(directory, name, self._config.attach.server_uid)
+        listening, door = _listen(directory, name)
         try:
             with listening:
                 self._server = await self._tools.spawn_listening(
@@ -302,16 +302,18 @@ async def _first(wanted: Awaitable[bool], *ends: Awaitable[object]) -> bool:
         await asyncio.wait({waiting, *others})
 
 
-def _listen(directory: int, name: str, uid: int) -> tuple[socket.socket, int]:
-    """A listening socket without a name, and a descriptor (O_PATH) that programs of ``uid`` may connect through."""
+def _listen(directory: int, name: str) -> tuple[socket.socket, int]:
+    """A listening socket without a name, and the descriptor (O_PATH) that one connects through who has it."""
     path = f"/proc/self/fd/{directory}/{name}"  # short, wherever the directory lies: sun_path has 108 bytes
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listening.bind(path)
         door = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.chown(path, uid, uid, follow_symlinks=False)
             os.unlink(path)  # noqa: PTH108 - as the line that opened it
+            # Whoever has the descriptor may connect, whatever the uid: the daemon itself does, and root that may not
+            # override permissions (the unit's capabilities) is one user among others.
+            os.chmod(f"/proc/self/fd/{door}", 0o666)  # noqa: PTH101, S103
             listening.listen(2)
         except BaseException:
             os.close(door)
