@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.appliance import Appliance, census, restore, run, set_up
+from tests.vm.appliance import Appliance, call, census, mount_object, mounts, set_up
 from tools.lab import leftovers
 from tools.lab.vm.image import SUITES
 
@@ -45,7 +45,7 @@ def nothing_left_on_the_machine(debian: str) -> Iterator[None]:  # noqa: ARG001 
     """No test leaves a mount of the service's, or a device that is attached."""
     before = census()
     yield
-    for mount in restore("mounts", user="root"):
-        run("/usr/bin/sendense-restore", "unmount", "--force", mount["mount_id"])
+    for mount in mounts():
+        call(mount_object(mount), "Unmount", "a{sv}", "1", "force", "b", "true")
     if left := leftovers.left_in_time(before, census):
         pytest.fail("left on the machine: " + ", ".join(left))
