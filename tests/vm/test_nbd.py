@@ -63,6 +63,7 @@ def namespace() -> None:
 
 @pytest.fixture
 def settings() -> Iterator[config.Config]:
+    assert all(is_free(number) for number in range(4)), "an earlier test has left a device"
     runtime, mounts = PLACE / "runtime", PLACE / "mounts"
     for directory in (runtime, mounts):
         directory.mkdir(parents=True)
@@ -72,7 +73,6 @@ def settings() -> Iterator[config.Config]:
         "mounts": {"directory": str(mounts)},
         "attach": {"overlay_size": "64MiB", "timeout": "20s", "nbd_devices": "0-2"},
     }
-    assert all(is_free(number) for number in range(4)), "an earlier test has left a device"
     yield config.parse(given)
     left = [*runtime.iterdir(), *mounts.iterdir()]
     for directory in (runtime, mounts):
@@ -297,7 +297,7 @@ async def test_a_disk_whose_size_is_no_whole_number_of_sectors(
         file.seek(24)
         file.write((SIZE - 100).to_bytes(8, "big"))  # field "size" of the header
     async with attached(attacher, settings, odd) as disks:
-        device = await disks.nbd.slice(0, SIZE - 100, writable=False)
+        device = await disks.nbd.slice(0, disks.nbd.size, writable=False)
         assert device.path == Path("/dev/nbd0")
         await device.close()
 
