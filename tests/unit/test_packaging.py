@@ -151,7 +151,7 @@ def test_the_bus_starts_the_unit_by_its_alias() -> None:
 def test_the_rules_are_for_the_paths_and_devices_of_the_configuration() -> None:
     rules = RULES.read_text(encoding="utf-8")
     assert f'ATTR{{loop/backing_file}}=="{config.Config().paths.runtime}/*"' in rules
-    devices = getattr(config.Config().attach, "nbd_devices", range(8))
+    devices = config.Config().attach.nbd_devices
     assert f'KERNEL=="nbd[{min(devices)}-{max(devices)}]|nbd[{min(devices)}-{max(devices)}]p*"' in rules
 
 

@@ -7,13 +7,14 @@ that, a test in which nothing happens would prove nothing.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.appliance import output, run
+from tests.vm import appliance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,6 @@ PARTITIONS = {"lvm": 1, "btrfs": 2, "md": 3, "luks": 4, "ext4": 5}
 START, SIZE = 2048, 81920
 """Sectors: where the first begins, and what each has; they follow one another."""
 EXT4_UUID = "0b5e57a1-1234-4321-8888-5e4de45e0001"
-UDEVADM = "/usr/bin/udevadm"
 FLAGS = {
     "UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG=1",
     "DM_UDEV_DISABLE_OTHER_RULES_FLAG=1",
@@ -32,12 +32,19 @@ FLAGS = {
 }
 
 
+def run(name: str, *arguments: str, check: bool = True) -> str:
+    """Run a program, wherever the release has it; what it prints."""
+    path = shutil.which(name, path="/usr/sbin:/usr/bin")
+    assert path is not None, f"{name} is not installed"
+    return appliance.run(path, *arguments, check=check).stdout
+
+
 def settle() -> None:
-    run(UDEVADM, "settle", "--timeout=60")
+    run("udevadm", "settle", "--timeout=60")
 
 
 def properties(device: str) -> set[str]:
-    return set(output(UDEVADM, "info", "--query=property", f"--name={device}").splitlines())
+    return set(run("udevadm", "info", "--query=property", f"--name={device}").splitlines())
 
 
 def links_to(*devices: str) -> list[str]:
@@ -47,7 +54,7 @@ def links_to(*devices: str) -> list[str]:
 
 
 def active_volumes() -> set[str]:
-    return set(output("/usr/sbin/dmsetup", "ls", "--target", "linear").split()) & {"guest-root", "sendense-root"}
+    return set(run("dmsetup", "ls", "--target", "linear").split()) & {"guest-root", "sendense-root"}
 
 
 def arrays() -> list[str]:
@@ -62,20 +69,33 @@ def offset(partition: str) -> int:
 def loop(file: Path, start: int = 0, size: int = 0) -> Iterator[str]:
     """A loop device over a part of a file."""
     part = ("--offset", str(start), "--sizelimit", str(size)) if size else ()
-    device = output("/usr/sbin/losetup", "--find", "--show", *part, str(file)).strip()
+    device = run("losetup", "--find", "--show", *part, str(file)).strip()
     try:
         settle()
         yield device
     finally:
-        run("/usr/sbin/losetup", "--detach", device)
+        run("losetup", "--detach", device)
         settle()
+
+
+@contextlib.contextmanager
+def exported(file: Path) -> Iterator[Path]:
+    """The file under a path that the exports of image servers have."""
+    export = Path("/run/sendense-restore/test-disk-0")
+    export.touch()
+    run("mount", "--bind", str(file), str(export))
+    try:
+        yield export
+    finally:
+        run("umount", str(export))
+        export.unlink()
 
 
 @contextlib.contextmanager
 def nbd(number: int, image: Path) -> Iterator[str]:
     """A disk on one of the kernel's NBD devices, connected by hand, with its partitions."""
     device = f"/dev/nbd{number}"
-    run("/usr/bin/qemu-nbd", f"--connect={device}", "--format=raw", str(image))
+    run("qemu-nbd", f"--connect={device}", "--format=raw", str(image))
     try:
         until = time.monotonic() + 60
         while not Path(f"/sys/block/nbd{number}/nbd{number}p5").exists():
@@ -84,7 +104,7 @@ def nbd(number: int, image: Path) -> Iterator[str]:
         settle()
         yield device
     finally:
-        run("/usr/bin/qemu-nbd", f"--disconnect={device}")
+        run("qemu-nbd", f"--disconnect={device}")
         until = time.monotonic() + 60
         while Path(f"/sys/block/nbd{number}/pid").exists():
             assert time.monotonic() < until, "somebody holds the device"
@@ -94,34 +114,23 @@ def nbd(number: int, image: Path) -> Iterator[str]:
 
 def let_go() -> None:
     """Undo what the host has made of a disk that it was let at."""
-    run("/usr/sbin/vgchange", "-an", "guest", check=False)
+    run("vgchange", "-an", "guest", check=False)
     for array in arrays():
-        run("/usr/sbin/mdadm", "--stop", f"/dev/{array}", check=False)
+        run("mdadm", "--stop", f"/dev/{array}", check=False)
     settle()
 
 
-@pytest.fixture(scope="module")
-def disk() -> Iterator[Path]:
-    """A guest's disk; and beside it a volume group of the host's own, whose name is like ours."""
-    WORK.mkdir()
-    image = WORK / "disk.raw"
-    image.touch()
-    run("/usr/bin/truncate", "--size=220M", str(image))
-    table = WORK / "table"
-    table.write_text(
-        "label: gpt\n" + "".join(f"start={START + n * SIZE}, size={SIZE}\n" for n in range(len(PARTITIONS))),
-        encoding="utf-8",
-    )
-    run("/bin/sh", "-c", f"/usr/sbin/sfdisk --quiet {image} <{table}")
-    with loop(image, offset("lvm"), SIZE * 512) as device:
-        run("/usr/sbin/vgcreate", "guest", device)
-        run("/usr/sbin/lvcreate", "--yes", "--name=root", "--extents=4", "guest")
-        run("/usr/sbin/vgchange", "-an", "guest")
-    with loop(image, offset("btrfs"), SIZE * 512) as device:
-        run("/usr/bin/mkfs.btrfs", "--quiet", "--mixed", device)
-    with loop(image, offset("md"), SIZE * 512) as device:
+def fill(export: Path) -> None:
+    """Make what is on the partitions."""
+    with loop(export, offset("lvm"), SIZE * 512) as device:
+        run("vgcreate", "guest", device)
+        run("lvcreate", "--yes", "--name=root", "--extents=4", "guest")
+        run("vgchange", "-an", "guest")
+    with loop(export, offset("btrfs"), SIZE * 512) as device:
+        run("mkfs.btrfs", "--quiet", "--mixed", device)
+    with loop(export, offset("md"), SIZE * 512) as device:
         run(
-            "/usr/sbin/mdadm",
+            "mdadm",
             "--create",
             "/dev/md/guest",
             "--run",
@@ -130,12 +139,12 @@ def disk() -> Iterator[Path]:
             device,
             "missing",
         )
-        run("/usr/sbin/mdadm", "--stop", "/dev/md/guest")
-    with loop(image, offset("luks"), SIZE * 512) as device:
+        run("mdadm", "--stop", "/dev/md/guest")
+    with loop(export, offset("luks"), SIZE * 512) as device:
         key = WORK / "key"
         key.write_text("secret", encoding="ascii")
         run(
-            "/usr/sbin/cryptsetup",
+            "cryptsetup",
             "-q",
             "luksFormat",
             "--type=luks1",
@@ -143,19 +152,37 @@ def disk() -> Iterator[Path]:
             device,
             str(key),
         )
-    with loop(image, offset("ext4"), SIZE * 512) as device:
-        run("/usr/sbin/mkfs.ext4", "-q", "-U", EXT4_UUID, "-L", "guest-data", device)
+    with loop(export, offset("ext4"), SIZE * 512) as device:
+        run("mkfs.ext4", "-q", "-U", EXT4_UUID, "-L", "guest-data", device)
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Path]:
+    """A guest's disk; and beside it a volume group of the host's own, whose name is like ours."""
+    WORK.mkdir()
+    image = WORK / "disk.raw"
+    image.touch()
+    run("truncate", "--size=220M", str(image))
+    table = WORK / "table"
+    table.write_text(
+        "label: gpt\n" + "".join(f"start={START + n * SIZE}, size={SIZE}\n" for n in range(len(PARTITIONS))),
+        encoding="utf-8",
+    )
+    run("sh", "-c", f"sfdisk --quiet {image} <{table}")
+    # Made where the rules reach, or the host would have it all at once.
+    with exported(image) as export:
+        fill(export)
     let_go()
     own = WORK / "own.raw"
     own.touch()
-    run("/usr/bin/truncate", "--size=40M", str(own))
+    run("truncate", "--size=40M", str(own))
     with loop(own) as device:
-        run("/usr/sbin/vgcreate", "sendense", device)
-        run("/usr/sbin/lvcreate", "--yes", "--name=root", "--extents=4", "sendense")
+        run("vgcreate", "sendense", device)
+        run("lvcreate", "--yes", "--name=root", "--extents=4", "sendense")
         yield image
         assert "sendense-root" in active_volumes(), "the host's own volume group was touched"
-        run("/usr/sbin/vgchange", "-an", "sendense")
-    run("/bin/rm", "--recursive", str(WORK))
+        run("vgchange", "-an", "sendense")
+    run("rm", "--recursive", str(WORK))
 
 
 def test_without_the_rules_the_host_takes_everything(disk: Path) -> None:
@@ -184,7 +211,7 @@ def test_disks_on_our_nbd_devices_are_left_alone(disk: Path) -> None:
         assert "guest-root" not in active_volumes()
         assert arrays() == []
         # A disk that is written to and closed is not looked at again.
-        run("/bin/sh", "-c", "exec 3<>/dev/nbd0p1")
+        run("sh", "-c", "exec 3<>/dev/nbd0p1")
         settle()
         assert "guest-root" not in active_volumes()
         assert links_to(*devices) == []
@@ -192,7 +219,7 @@ def test_disks_on_our_nbd_devices_are_left_alone(disk: Path) -> None:
 
 def test_udisks_offers_nothing_of_them(disk: Path) -> None:
     with nbd(0, disk):
-        told = output("/usr/bin/udisksctl", "info", "--block-device", "/dev/nbd0p5")
+        told = run("udisksctl", "info", "--block-device", "/dev/nbd0p5")
         assert "HintIgnore:                 true" in told
         assert EXT4_UUID not in told
 
@@ -200,32 +227,18 @@ def test_udisks_offers_nothing_of_them(disk: Path) -> None:
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_loops_over_an_export_are_left_alone(disk: Path, partition: str) -> None:
     """As the fallback makes them, whose files have paths below the run-time directory."""
-    export = Path("/run/sendense-restore/test-disk-0")
-    export.touch()
-    run("/bin/mount", "--bind", str(disk), str(export))
-    try:
-        with loop(export, offset(partition), SIZE * 512) as device:
-            known = properties(device)
-            assert known >= FLAGS
-            assert not [each for each in known if each.startswith(("ID_FS_", "ID_BTRFS_", "LVM_"))]
-            assert links_to(device) == []
-            assert "guest-root" not in active_volumes()
-            assert arrays() == []
-    finally:
-        run("/bin/umount", str(export))
-        export.unlink()
+    with exported(disk) as export, loop(export, offset(partition), SIZE * 512) as device:
+        known = properties(device)
+        assert known >= FLAGS
+        assert not [each for each in known if each.startswith(("ID_FS_", "ID_BTRFS_", "LVM_"))]
+        assert links_to(device) == []
+        assert "guest-root" not in active_volumes()
+        assert arrays() == []
 
 
 def test_a_loop_that_served_us_is_anybodys_again(disk: Path) -> None:
-    export = Path("/run/sendense-restore/test-disk-0")
-    export.touch()
-    run("/bin/mount", "--bind", str(disk), str(export))
-    try:
-        with loop(export, offset("ext4"), SIZE * 512) as ours:
-            pass
-    finally:
-        run("/bin/umount", str(export))
-        export.unlink()
+    with exported(disk) as export, loop(export, offset("ext4"), SIZE * 512) as ours:
+        pass
     with loop(disk, offset("ext4"), SIZE * 512) as theirs:
         assert theirs == ours
         assert f"/dev/disk/by-uuid/{EXT4_UUID}" in links_to(theirs)
@@ -235,16 +248,16 @@ def test_nodes_of_the_device_mapper_that_are_ours_have_no_links(disk: Path) -> N
     with loop(disk, offset("ext4"), SIZE * 512) as device:
         try:
             for name, linked in (("sndrst_0123456789ab", False), ("anybody", True)):
-                run("/usr/sbin/dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
+                run("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
                 settle()
                 node = str(Path(f"/dev/mapper/{name}").resolve())
                 assert (f"/dev/disk/by-uuid/{EXT4_UUID}" in links_to(node)) == linked
                 assert (properties(node) >= FLAGS) != linked
                 assert bool(links_to(node)) == linked
-                run("/usr/sbin/dmsetup", "remove", name)
+                run("dmsetup", "remove", name)
         finally:
             for name in ("sndrst_0123456789ab", "anybody"):
-                run("/usr/sbin/dmsetup", "remove", name, check=False)
+                run("dmsetup", "remove", name, check=False)
             settle()
 
 
@@ -253,7 +266,7 @@ def test_arrays_of_md_that_are_ours_have_no_links(disk: Path) -> None:
         try:
             let_go()
             Path("/sys/module/md_mod/parameters/new_array").write_text("md_sndrst_0", encoding="ascii")
-            run("/usr/sbin/mdadm", "--assemble", "--run", "/dev/md_sndrst_0", device)
+            run("mdadm", "--assemble", "--run", "/dev/md_sndrst_0", device)
             settle()
             assert properties("/dev/md_sndrst_0") >= FLAGS
             assert links_to("/dev/md_sndrst_0") == []
