@@ -189,14 +189,17 @@ async def foreign(number: int, directory: Path, events: BlockEvents) -> AsyncIte
     """Another program that uses a device; its process."""
     content = directory / f"foreign-{number}"
     content.write_bytes(b"\x77" * MIB)
-    process = await asyncio.create_subprocess_exec("qemu-nbd", "-f", "raw", "-c", f"/dev/nbd{number}", content)
-    size = Path(f"/sys/block/nbd{number}/size")
-    assert await events.until(lambda: size.read_text() == f"{MIB // 512}\n", seconds=SECONDS)
+    node, sysfs = f"/dev/nbd{number}", Path(f"/sys/block/nbd{number}")
+    connecting = await asyncio.create_subprocess_exec("qemu-nbd", "-f", "raw", "-c", node, content)
+    assert await connecting.wait() == 0  # it goes on in the background
+    assert await events.until(lambda: (sysfs / "size").read_text() == f"{MIB // 512}\n", seconds=SECONDS)
     try:
-        yield process.pid
+        yield int((sysfs / "pid").read_text())
     finally:
-        process.terminate()
-        await process.wait()
+        disconnecting = await asyncio.create_subprocess_exec(
+            "qemu-nbd", "-d", node, stdout=asyncio.subprocess.DEVNULL
+        )
+        await disconnecting.wait()
         assert await events.until(lambda: is_free(number), seconds=SECONDS)
 
 
@@ -313,7 +316,7 @@ async def test_a_device_of_somebody_else_is_skipped_reported_and_left_alone(
         assert disks.nbd.device.path == Path("/dev/nbd1")
         assert await read(Path("/dev/nbd0"), 512) == b"\x77" * 512
         await disks.close()
-        assert Path(f"/proc/{pid}/task", Path("/sys/block/nbd0/pid").read_text().strip()).exists(), "still theirs"
+        assert Path("/sys/block/nbd0/pid").read_text() == f"{pid}\n"
         assert await read(Path("/dev/nbd0"), 512, offset=4096) == b"\x77" * 512
 
 
