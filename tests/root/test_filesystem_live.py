@@ -13,9 +13,10 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from sendense_restored import errors, linux
 from sendense_restored.config import Config, parse
 from sendense_restored.daemon.host import filesystem, mountinfo
 from sendense_restored.daemon.host.filesystem import MountRefused
-from sendense_restored.daemon.host.process import Tools
+from sendense_restored.daemon.host.process import ToolError, Tools
 from sendense_restored.daemon.host.signatures import VolumeState
 from sendense_restored.daemon.host.volumes import Volume
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from sendense_restored.daemon.host.filesystem import Mounted
     from sendense_restored.daemon.host.policy import Journal
+    from sendense_restored.daemon.host.process import Completed, Jail
 
 MIB = 1 << 20
 SIZES = {"xfs": 320 * MIB, "btrfs": 128 * MIB}
@@ -513,3 +515,84 @@ async def test_two_backups_of_one_machine_are_open_at_once(
     finally:
         await two.unmount()
         await one.unmount()
+
+
+@pytest.fixture
+def refused_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A kernel before 6.7 that has a copy of the file system mounted: it refuses until its identity is another one.
+
+    The programs that were run.
+    """
+    running, ran = Tools.run, []
+
+    async def run_or_refuse(tools: Tools, jail: Jail, name: str, *arguments: str, **more: Any) -> Completed:  # noqa: ANN401
+        ran.append(name)
+        if ran == ["mount"]:
+            raise ToolError(["mount"], 32, "mount(2) system call failed: File exists.")
+        return await running(tools, jail, name, *arguments, **more)
+
+    monkeypatch.setattr(Tools, "run", run_or_refuse)
+    return ran
+
+
+@pytest.mark.parametrize(("journal", "view"), [("replay", "replayed"), ("as-crashed", "as-crashed")])
+async def test_a_btrfs_whose_copy_is_mounted_gets_another_identity(
+    attach: Callable[..., Loop], tools: Tools, refused_once: list[str], journal: Journal, view: str
+) -> None:
+    image = make_dirty("btrfs", PLACE / "disk.img")
+    before = image.read_bytes()
+    identity = run("blkid", "-p", "-o", "value", "-s", "UUID", image).strip()
+    loop = attach(image)
+    mounted = await mount(tools, "btrfs", loop, journal=journal)
+    try:
+        assert refused_once == ["mount", sys.executable, "mount"]
+        assert mounted.view == view
+        assert run("blkid", "-p", "-o", "value", "-s", "UUID", loop.path).strip() != identity
+        assert read(mounted, "hello") == b"world"
+        if journal == "replay":
+            assert read(mounted, "late") == b"journal"
+        else:
+            with pytest.raises(FileNotFoundError):
+                read(mounted, "late")
+    finally:
+        await mounted.unmount()
+    if journal == "as-crashed":
+        after = image.read_bytes()
+        changed = [at for at in range(0, len(after), 4096) if after[at : at + 4096] != before[at : at + 4096]]
+        assert changed == [65536], "the superblock alone"
+
+
+async def test_one_that_was_left_cleanly_stays_clean_under_another_identity(
+    attach: Callable[..., Loop], tools: Tools, refused_once: list[str]
+) -> None:
+    mounted = await mount(tools, "btrfs", attach(make("btrfs", PLACE / "disk.img")))
+    try:
+        assert mounted.view == "clean"
+        assert len(refused_once) == 3
+    finally:
+        await mounted.unmount()
+
+
+@pytest.mark.parametrize(("kind", "read_only", "ran"), [
+    ("ext4", False, ["mount"]),
+    ("btrfs", True, ["mount"]),
+])  # fmt: skip
+async def test_no_other_gets_one(
+    attach: Callable[..., Loop], tools: Tools, refused_once: list[str], kind: str, *, read_only: bool, ran: list[str]
+) -> None:
+    loop = attach(make(kind, PLACE / "disk.img"), read_only=read_only)
+    with pytest.raises(MountRefused, match="unmount the other backup"):
+        await mount(tools, kind, loop)
+    assert refused_once == ran
+
+
+async def test_a_btrfs_that_cannot_have_another_identity_says_so(
+    attach: Callable[..., Loop], tools: Tools, refused_once: list[str]
+) -> None:
+    image = PLACE / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(SIZES["btrfs"])
+    run("mkfs.btrfs", "-q", "--csum", "xxhash", image)
+    with pytest.raises(MountRefused, match="cannot be given another identity"):
+        await mount(tools, "btrfs", attach(image))
+    assert refused_once == ["mount", sys.executable]

@@ -14,6 +14,9 @@ whether there is one, or Windows was hibernated, and the view then is ``as-crash
 
 The kernel's own ntfs3 is left out: Debian 12 has none, and it knows neither the streams nor the plug-ins that
 ntfs-3g serves.
+
+A kernel before Linux 6.7 refuses a btrfs of which another copy is mounted. The overlay is given another identity then
+(``btrfs_identity``), and nothing else is written for the ``as-crashed`` view.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -35,6 +40,7 @@ from .policy import (
     NTFS_UNCLEAN,
     POLICIES,
     MountRefused,
+    is_copy_refused,
     needs_writable,
     refusal_of_kernel,
     refusal_of_ntfs_3g,
@@ -65,6 +71,7 @@ _EXAMINE_JAIL = Jail(uid=0, memory=256 << 20)
 _NTFS_JAIL = Jail(uid=0, capabilities=frozenset({"sys_admin", "setgid"}), memory=256 << 20, cpu=None)
 # Seconds for a server to end by itself once the kernel has told it to, before it is killed.
 _GRACE = 5.0
+_GIVE_IDENTITY = (sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("btrfs_identity.py")))
 
 
 # --- mounting -------------------------------------------------------------------------------------------------------
@@ -117,8 +124,7 @@ class _Mounting:
             return self._mounted("as-crashed")
         if self.policy.always_writes and await self._mounts_read_only():
             return self._mounted("clean")
-        before = self.device.sectors_written()
-        await self._mount()
+        before = await self._mount()
         return self._mounted("replayed" if self.device.sectors_written() != before else "clean")
 
     async def _mounts_read_only(self) -> bool:
@@ -141,18 +147,46 @@ class _Mounting:
         except OSError as error:
             raise internal("preparing a volume's device", error) from error
 
-    async def _mount(self, *more: str) -> None:
+    async def _mount(self, *more: str) -> int:
+        """Have the kernel mount it; ``sectors_written`` before that. Raises MountRefused, errors.Failed."""
         options = ",".join((*FLAGS, *self.policy.options, *more))
         what = ("-t", self.policy.driver, "-o", options, str(self.device.path), str(self.where))
+        before = self.device.sectors_written()
+        try:
+            try:
+                await self._run_mount(*what)
+            except ToolError as error:
+                if not (is_copy_refused(error) and await self._give_identity()):
+                    raise
+                before = self.device.sectors_written()
+                await self._run_mount(*what)
+        except ToolError as error:
+            raise refusal_of_kernel(self.volume.filesystem, "as-crashed" if more else "replay", error) from error
+        return before
+
+    async def _run_mount(self, *what: str) -> None:
         failing_fast = asyncio.create_task(self._fail_fast(), name=f"errors of {self.device.path.name}")
         try:
             # No helper programs (-i), no record in /run/mount (-n).
             await self.tools.run(_MOUNT_JAIL, "mount", "-i", "-n", *what, seconds=self.seconds)
-        except ToolError as error:
-            raise refusal_of_kernel(self.volume.filesystem, "as-crashed" if more else "replay", error) from error
         finally:
             failing_fast.cancel()
             await asyncio.wait({failing_fast})
+
+    async def _give_identity(self) -> bool:
+        """Make it another file system than its copies in the eyes of the kernel; whether that was possible."""
+        if not self.policy.identified or self.device.read_only:
+            return False
+        program, *arguments = _GIVE_IDENTITY
+        try:
+            await self.tools.run(
+                _EXAMINE_JAIL, program, *arguments, str(self.device.path), str(uuid.uuid4()), seconds=self.seconds
+            )
+        except ToolError as error:
+            log.warning("%s keeps its identity: %s", self.volume.name, error)
+            return False
+        log.debug("%s has an identity of its own: a copy of it is mounted", self.volume.name)
+        return True
 
     async def _fail_fast(self) -> None:
         """Make XFS give up on a device that fails, from the first moment on.

@@ -32,6 +32,8 @@ class Policy:
     """Options that leave a journal alone; None if the file system has none."""
     always_writes: bool = False
     """Whether its driver writes to a device that it could replay a journal on, though there is none to replay."""
+    identified: bool = False
+    """Whether a kernel may refuse it because a copy of it is mounted, so that it is given an identity of its own."""
 
 
 # Without nosymfollow: the reader resolves symlinks itself, inside the volume, which that flag would forbid.
@@ -47,7 +49,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     # Two backups of one machine have the same UUID.
     "xfs": Policy("xfs", ("nouuid",), unreplayed=("norecovery",), always_writes=True),
     # The top level, whatever the default subvolume is: all subvolumes are directories below it.
-    "btrfs": Policy("btrfs", ("subvolid=5",), unreplayed=("rescue=nologreplay",)),
+    "btrfs": Policy("btrfs", ("subvolid=5",), unreplayed=("rescue=nologreplay",), identified=True),
     "vfat": Policy("vfat", ("utf8=1", "shortname=mixed")),
     "exfat": Policy("exfat", ("iocharset=utf8",)),
     "iso9660": Policy("iso9660", ("iocharset=utf8",)),
@@ -68,7 +70,9 @@ POLICIES: Final[Mapping[str, Policy]] = {
 def needs_writable(volume: Volume, journal: Journal) -> bool:
     """Whether the device of ``volume`` must be writable (backed by an overlay) for this view."""
     policy = POLICIES.get(volume.filesystem)
-    return journal == "replay" and policy is not None and policy.unreplayed is not None
+    if policy is None:
+        return False
+    return policy.identified or (journal == "replay" and policy.unreplayed is not None)
 
 
 class MountRefused(Exception):  # noqa: N818 - as errors.py has it: named for what happened
@@ -96,6 +100,11 @@ _TOO_SLOW = "mounting it did not finish in time; check the repository and mount 
 _ON_A_COPY = "restore the whole disk and repair a copy of it"
 
 
+def is_copy_refused(error: ToolError) -> bool:
+    """Whether mount(8) failed because the kernel has a copy of the same file system mounted."""
+    return error.returncode == _MOUNT_FAILED and "File exists" in error.stderr
+
+
 def refusal_of_kernel(filesystem: str, journal: Journal, error: ToolError) -> MountRefused | errors.Failed:
     """What a failure of mount(8) means, by its exit code and its (untranslated) message."""
     policy = POLICIES[filesystem]
@@ -106,10 +115,10 @@ def refusal_of_kernel(filesystem: str, journal: Journal, error: ToolError) -> Mo
     if "unknown filesystem type" in error.stderr:
         reason = f"this system's kernel has no driver for {policy.driver}; use a kernel that has one"
         return MountRefused(VolumeState.UNSUPPORTED, reason)
-    if "File exists" in error.stderr:
+    if is_copy_refused(error):
         reason = (
-            f"another copy of the same {filesystem} is mounted, and this system's kernel cannot open two; "
-            "unmount the other backup first"
+            f"another copy of the same {filesystem} is mounted, this system's kernel cannot open two, and this one"
+            " cannot be given another identity; unmount the other backup first"
         )
         return MountRefused(VolumeState.UNSUPPORTED, reason)
     if "No space left" in error.stderr:
