@@ -1,8 +1,8 @@
 """The pytest plugin of the outer run: a test of tests/vm runs in a virtual machine, its result is reported here.
 
-The first such test of a release builds what is needed and boots a machine with all the release's chosen tests on its
-agenda; it works them off in the order in which they are reported here. Each test is an item of the outer run like
-any other, chosen by -k or a node id, and its report comes as soon as it has one.
+The first such test builds what is needed and boots a machine for each release, with all of its chosen tests on the
+agenda; it works them off in the order in which they are reported here, the machines side by side. Each test is an
+item of the outer run like any other, chosen by -k or a node id. When a machine has hung, the next test gets a new one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import faulthandler
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,6 +27,7 @@ _BOOT = 600.0
 _TEST = 420.0
 """While a test runs, which ends by itself before (``inside``)."""
 _LONG_TEST = 3720.0
+_MOST_FAILURES = 3
 
 
 class Outside:
@@ -35,7 +37,10 @@ class Outside:
         self._directory = directory
         self._work: Path | None = None
         self._material: tuple[Path, Path] | None = None
-        self._session: _Session | None = None
+        self._machines: dict[str, qemu.VirtualMachine] = {}
+        """By their release; one that has hung is not in it any more."""
+        self._failures: Counter[str] = Counter()
+        """How often none could be had, or one hung, by release."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -49,12 +54,13 @@ class Outside:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         if nextitem is None or not self._is_mine(nextitem) or release_of(nextitem) != release_of(item):
-            self._end_session()
+            self._end(release_of(item))
         return True
 
     def pytest_sessionfinish(self) -> None:
         """Whatever happened, nothing stays."""
-        self._end_session()
+        for release in tuple(self._machines):
+            self._end(release)
         if self._work is not None:
             shutil.rmtree(self._work)
             self._work = None
@@ -62,25 +68,36 @@ class Outside:
     def _is_mine(self, item: pytest.Item) -> bool:
         return self._directory in item.path.parents
 
-    def _end_session(self) -> None:
-        if self._session is not None:
-            self._session.machine.close()
-            self._session = None
+    def _end(self, release: str) -> None:
+        if (machine := self._machines.pop(release, None)) is not None:
+            machine.close()
 
     def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         if reason := qemu.can_run():
             yield _skipped(item, reason)
             return
+        release = release_of(item)
+        if self._failures[release] >= _MOST_FAILURES:
+            yield _report(item, "call", "failed", "it was not run: there is no virtual machine that works")
+            return
         try:
-            if self._session is None:
-                self._session = self._begin(item)
-            yield from self._session.reports(item)
+            if self._material is None:
+                for each in dict.fromkeys(map(release_of, self._left(item))):
+                    self._begin(each, item)
+            elif release not in self._machines:
+                self._begin(release, item)
+            yield from _reports_of(self._machines[release], item)
         except (qemu.HangError, subprocess.CalledProcessError) as error:
-            # The next test gets a machine of its own.
-            self._end_session()
+            self._end(release)
+            self._failures[release] += 1
             yield _report(item, "call", "failed", str(error))
 
-    def _begin(self, item: pytest.Item) -> _Session:
+    def _left(self, item: pytest.Item) -> list[pytest.Item]:
+        """This test, and all others that are to run in a machine after it."""
+        return [each for each in item.session.items[item.session.items.index(item) :] if self._is_mine(each)]
+
+    def _begin(self, release: str, item: pytest.Item) -> None:
+        """Boot a machine with what is left of its release's tests."""
         if self._work is None:
             self._work = Path(tempfile.mkdtemp(prefix="sendense-vm-"))
         if self._material is None:
@@ -88,41 +105,33 @@ class Outside:
             made.mkdir()
             backups.make(made)
             self._material = (project.build_packages(self._work), made)
-        release = release_of(item)
-        rest = item.session.items[item.session.items.index(item) :]
-        tests = tuple(each.nodeid for each in rest if self._is_mine(each) and release_of(each) == release)
+        tests = tuple(each.nodeid for each in self._left(item) if release_of(each) == release)
         agenda = project.Agenda(release, tests, long=bool(item.config.getoption("--long")))
         directory = Path(tempfile.mkdtemp(dir=self._work, prefix=f"debian-{release}-"))
         base = image.get(release)
         disk = directory / "project.squashfs"
         project.make_disk(disk, *self._material, agenda)
-        return _Session(qemu.VirtualMachine(base, disk, directory))
+        self._machines[release] = qemu.VirtualMachine(base, disk, directory)
 
 
-class _Session:
-    """A machine that works off an agenda."""
-
-    def __init__(self, machine: qemu.VirtualMachine) -> None:
-        self.machine = machine
-
-    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """Those of one test, which is the next that the machine works on. Raises qemu.HangError."""
-        silence = _LONG_TEST if item.get_closest_marker("long") else max(_BOOT, _TEST)
-        while True:
-            message = self.machine.message(silence=silence)
-            if message.get("test") != item.nodeid:
-                if message["event"] in {"report", "end", "done"}:
-                    raise qemu.HangError(f"the virtual machine went on to {message}\n{self.machine.last_words()}")
-                continue
-            if message["event"] == "report":
-                report = _report(item, message["when"], message["outcome"], message["text"])
-                report.duration = message["duration"]
-                report.sections = [(name, text) for name, text in message["sections"]]
-                if message["expected"] is not None:
-                    report.wasxfail = message["expected"]
-                yield report
-            elif message["event"] == "end":
-                return
+def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pytest.TestReport]:
+    """Those of one test, which is the next that the machine works on. Raises qemu.HangError."""
+    silence = _LONG_TEST if item.get_closest_marker("long") else max(_BOOT, _TEST)
+    while True:
+        message = machine.message(silence=silence)
+        if message.get("test") != item.nodeid:
+            if message["event"] in {"report", "end", "done"}:
+                raise qemu.HangError(f"the virtual machine went on to {message}\n{machine.last_words()}")
+            continue
+        if message["event"] == "report":
+            report = _report(item, message["when"], message["outcome"], message["text"])
+            report.duration = message["duration"]
+            report.sections = [(name, text) for name, text in message["sections"]]
+            if message["expected"] is not None:
+                report.wasxfail = message["expected"]
+            yield report
+        elif message["event"] == "end":
+            return
 
 
 def release_of(item: pytest.Item) -> str:

@@ -7,13 +7,16 @@ nothing for too long.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import select
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +44,7 @@ class VirtualMachine:
 
     def __init__(self, image: Image, project: Path, directory: Path) -> None:
         self._console = directory / "console"
-        self._received = b""
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         disk, path = directory / "disk.qcow2", directory / "channel"
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image.disk, disk],  # noqa: S607
@@ -74,6 +77,9 @@ class VirtualMachine:
         except BaseException:
             self._kill()
             raise
+        # Whoever waits for another machine meanwhile must not hold this one up.
+        self._reading = threading.Thread(target=self._read, name=f"read {directory.name}")
+        self._reading.start()
 
     def _connect(self, path: Path) -> socket.socket:
         until = time.monotonic() + _SECONDS_TO_CONNECT
@@ -85,20 +91,21 @@ class VirtualMachine:
         channel.connect(os.fspath(path))
         return channel
 
+    def _read(self) -> None:
+        with contextlib.suppress(ConnectionError), self._channel.makefile("rb") as lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(b"")
+
     def message(self, *, silence: float) -> dict[str, Any]:
         """The next that it tells. Raises HangError if there is none within ``silence`` seconds."""
-        while b"\n" not in self._received:
-            readable, _, _ = select.select([self._channel], [], [], silence)
-            try:
-                data = self._channel.recv(1 << 16) if readable else b""
-            except ConnectionError:
-                data = b""
-            if not data:
-                why = "ended" if readable else f"said nothing for {silence:.0f} s"
-                raise HangError(f"the virtual machine {why}\n{self.last_words()}")
-            self._received += data
-        line, _, rest = self._received.partition(b"\n")
-        self._received = rest
+        try:
+            line = self._lines.get(timeout=silence)
+        except queue.Empty:
+            raise HangError(f"the virtual machine said nothing for {silence:.0f} s\n{self.last_words()}") from None
+        if not line.endswith(b"\n"):
+            self._lines.put(b"")  # nothing more will come
+            raise HangError(f"the virtual machine ended\n{self.last_words()}")
         return cast("dict[str, Any]", json.loads(line))
 
     def last_words(self) -> str:
@@ -112,8 +119,9 @@ class VirtualMachine:
 
     def close(self) -> None:
         """Switch it off; nothing on its disk is wanted any more."""
-        self._channel.close()
         self._kill()
+        self._reading.join()
+        self._channel.close()
 
 
 def can_run() -> str:
