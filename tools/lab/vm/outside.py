@@ -2,7 +2,7 @@
 
 The first such test builds what is needed and boots a machine for each release, with all of its chosen tests on the
 agenda; it works them off in the order in which they are reported here, the machines side by side. Each test is an
-item of the outer run like any other, chosen by -k or a node id. When a machine has hung, the next test gets a new one.
+item of the outer run like any other, chosen by -k or a node id. If a machine hangs, the next test gets a new one.
 """
 
 from __future__ import annotations
