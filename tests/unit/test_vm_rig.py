@@ -1,0 +1,308 @@
+"""The rig for virtual machines, without one: what it reports when machines and tests end as they should not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from tools.lab.vm import backups, image, inside, outside, project, qemu, runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HERE = Path("/tests/vm")
+Messages = list[dict[str, Any]]
+
+
+# --- outside --------------------------------------------------------------------------------------------------------
+
+
+def report(test: str, outcome: str = "passed", when: str = "call", text: str = "", **more: object) -> dict[str, Any]:
+    fields: dict[str, object] = {
+        "duration": 1.0,
+        "expected": None,
+        "sections": [],
+        "text": text,
+        "when": when,
+        "outcome": outcome,
+    }
+    return {"event": "report", "test": test, **fields, **more}
+
+
+def ended(test: str) -> dict[str, Any]:
+    return {"event": "end", "test": test}
+
+
+class FakeMachine:
+    """Tells what it was given, then it has hung."""
+
+    def __init__(self, messages: Messages) -> None:
+        self.left = deque(messages)
+        self.closed = False
+
+    def message(self, *, silence: float) -> dict[str, Any]:
+        assert silence > 0
+        if not self.left:
+            raise qemu.HangError("the virtual machine said nothing")
+        return self.left.popleft()
+
+    def last_words(self) -> str:
+        return "its last words"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Run:
+    """A run of pytest with an ``Outside``, as far as that looks at it."""
+
+    tests: tuple[tuple[str, str], ...]
+    """Name and release, in order."""
+    machines: list[FakeMachine]
+    """Those that are booted, one after the other."""
+    agendas: list[project.Agenda] = field(default_factory=list)
+    reports: list[pytest.TestReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.plugin = outside.Outside(HERE)
+        ihook = SimpleNamespace(
+            pytest_runtest_logstart=lambda **_: None,
+            pytest_runtest_logfinish=lambda **_: None,
+            pytest_runtest_logreport=self._reported,
+        )
+        session = SimpleNamespace(items=[])
+        session.items += [
+            SimpleNamespace(
+                nodeid=f"{name}[{release}]",
+                location=("test_it.py", 3, name),
+                keywords={name: 1},
+                path=HERE / "test_it.py",
+                callspec=SimpleNamespace(params={"debian": release}),
+                session=session,
+                config=SimpleNamespace(getoption=lambda _: False),
+                ihook=ihook,
+                get_closest_marker=lambda _: None,
+            )
+            for name, release in self.tests
+        ]
+        self.items = session.items
+
+    def _reported(self, *, report: pytest.TestReport) -> None:
+        self.reports.append(report)
+
+    def go(self) -> list[tuple[str, str]]:
+        """Run all; each report's test and outcome."""
+        for item, following in zip(self.items, [*self.items[1:], None], strict=True):
+            assert self.plugin.pytest_runtest_protocol(cast("pytest.Item", item), following) is True
+        self.plugin.pytest_sessionfinish()
+        return [(each.nodeid, each.outcome) for each in self.reports]
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    def make(*tests: tuple[str, str], machines: list[Messages]) -> Run:
+        run = Run(tests, [FakeMachine(messages) for messages in machines])
+        booted = iter(run.machines)
+        monkeypatch.setattr(qemu, "VirtualMachine", lambda *_: next(booted))
+        monkeypatch.setattr(project, "make_disk", lambda *arguments: run.agendas.append(arguments[-1]))
+        return run
+
+    monkeypatch.setattr(qemu, "can_run", lambda: "")
+    monkeypatch.setattr(backups, "make", lambda _: None)
+    monkeypatch.setattr(project, "build_packages", lambda directory: directory)
+    monkeypatch.setattr(image, "get", lambda _: None)
+    return make
+
+
+def test_reports_of_a_machine_are_those_of_the_run(rig: Callable[..., Run]) -> None:
+    told = [
+        {"event": "boot", "again": False},
+        {"event": "start", "test": "a[13]"},
+        report("a[13]", when="setup"),
+        report("a[13]", "failed", text="assert 1 == 2", sections=[["journal", "it said so"]]),
+        ended("a[13]"),
+        report("b[13]", "skipped", when="setup", text="Skipped: not today"),
+        ended("b[13]"),
+        {"event": "done"},
+    ]
+    run = rig(("a", "13"), ("b", "13"), machines=[told])
+    assert run.go() == [("a[13]", "passed"), ("a[13]", "failed"), ("b[13]", "skipped")]
+    failed = run.reports[1]
+    assert failed.longreprtext == "assert 1 == 2"
+    assert failed.sections == [("journal", "it said so")]
+    assert run.reports[2].longrepr == ("test_it.py", 3, "Skipped: not today")
+    assert run.machines[0].closed
+
+
+def test_a_failure_that_was_expected_is_one_out_here_too(rig: Callable[..., Run]) -> None:
+    run = rig(("a", "13"), machines=[[report("a[13]", "skipped", expected="a known bug"), ended("a[13]")]])
+    run.go()
+    assert run.reports[0].wasxfail == "a known bug"
+
+
+def test_each_release_has_a_machine_with_its_own_tests(rig: Callable[..., Run]) -> None:
+    machines = [
+        [report(f"{name}[{release}]"), ended(f"{name}[{release}]")] for name, release in (("a", "13"), ("a", "12"))
+    ]
+    run = rig(("a", "13"), ("a", "12"), machines=machines)
+    assert run.go() == [("a[13]", "passed"), ("a[12]", "passed")]
+    assert [(agenda.release, agenda.tests) for agenda in run.agendas] == [("13", ("a[13]",)), ("12", ("a[12]",))]
+
+
+def test_after_a_machine_that_hangs_the_next_test_has_another(rig: Callable[..., Run]) -> None:
+    run = rig(("a", "13"), ("b", "13"), machines=[[report("a[13]", when="setup")], [report("b[13]"), ended("b[13]")]])
+    assert run.go() == [("a[13]", "passed"), ("a[13]", "failed"), ("b[13]", "passed")]
+    assert [agenda.tests for agenda in run.agendas] == [("a[13]", "b[13]"), ("b[13]",)]
+    assert all(machine.closed for machine in run.machines)
+
+
+def test_a_machine_that_goes_on_without_a_report_has_failed_the_test(rig: Callable[..., Run]) -> None:
+    run = rig(("a", "13"), machines=[[{"event": "done"}]])
+    assert run.go() == [("a[13]", "failed")]
+    assert "its last words" in run.reports[0].longreprtext
+
+
+def test_when_no_machine_works_the_rest_fails_at_once(rig: Callable[..., Run]) -> None:
+    names = [(f"t{number}", "13") for number in range(6)]
+    run = rig(*names, machines=[[], [], []])
+    assert run.go() == [(f"{name}[13]", "failed") for name, _ in names]
+    assert len(run.agendas) == 3
+
+
+def test_packages_that_cannot_be_built_fail_the_tests(
+    rig: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> Path:
+        raise subprocess.CalledProcessError(1, "tools/deb")
+
+    run = rig(("a", "13"), machines=[])
+    monkeypatch.setattr(project, "build_packages", fail)
+    assert run.go() == [("a[13]", "failed")]
+
+
+def test_where_no_machine_can_run_tests_are_skipped(rig: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = rig(("a", "13"), machines=[])
+    monkeypatch.setattr(qemu, "can_run", lambda: "needs root")
+    assert run.go() == [("a[13]", "skipped")]
+
+
+# --- inside ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Guest:
+    """The machine's own side, with pytest and apt played by ``ran``."""
+
+    told: Messages
+    commands: list[tuple[str, ...]]
+    ran: Callable[[tuple[str, ...]], int]
+
+    def outcomes(self) -> dict[str, str]:
+        return {each["test"]: each["text"] for each in self.told if each["event"] == "report"}
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
+    """Two tests on the agenda of a machine that starts for the first time."""
+    guest = Guest([], [], lambda _: 0)
+
+    def run(*command: str) -> int:
+        guest.commands.append(command)
+        return guest.ran(command)
+
+    for module in (inside, runner):
+        for name in ("STATE", "RUNNING", "REBOOTING", "TRACE", "_LEFT", "_BEGUN", "_OUTPUT"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, tmp_path / name)
+        monkeypatch.setattr(module, "tell", lambda **message: guest.told.append(message))
+        monkeypatch.setattr(module, "flight_record", lambda _: [])
+    monkeypatch.setattr(runner, "_run", run)
+    monkeypatch.setattr(runner, "_said", lambda: "what it said")
+    agenda = project.Agenda("13", ("a", "b"), long=False)
+    monkeypatch.setattr(project.Agenda, "read", classmethod(lambda *_: agenda))
+    inside.STATE.mkdir()
+    inside.TRACE.write_text("where it was")
+    return guest
+
+
+def pytest_runs(command: tuple[str, ...]) -> bool:
+    return "pytest" in command
+
+
+def finishing(*tests: str) -> Callable[[tuple[str, ...]], int]:
+    """A pytest that runs these; and an apt that has nothing to do."""
+
+    def run(command: tuple[str, ...]) -> int:
+        for test in tests if pytest_runs(command) else ():
+            inside.done(test)
+        return 0
+
+    return run
+
+
+def test_packages_are_installed_and_then_the_tests_run(guest: Guest) -> None:
+    guest.ran = finishing("a", "b")
+    runner.main()
+    assert [pytest_runs(command) for command in guest.commands] == [False, True]
+    assert guest.told[-1] == {"event": "done"}
+    assert guest.outcomes() == {}
+
+
+def test_packages_that_do_not_install_fail_all(guest: Guest) -> None:
+    guest.ran = lambda _: 100
+    runner.main()
+    assert all("100" in text and "what it said" in text for text in guest.outcomes().values())
+    assert list(guest.outcomes()) == ["a", "b"]
+
+
+def test_a_test_that_takes_pytest_down_fails_alone(guest: Guest) -> None:
+    def crash_once(command: tuple[str, ...]) -> int:
+        if "a" in command:
+            inside.RUNNING.write_text("a")
+            return -11
+        return finishing("b")(command)
+
+    guest.ran = crash_once
+    runner.main()
+    assert list(guest.outcomes()) == ["a"]
+    assert "where it was" in guest.outcomes()["a"]
+    assert guest.told[-1] == {"event": "done"}
+
+
+def test_a_pytest_that_cannot_begin_fails_all_and_ends(guest: Guest) -> None:
+    guest.ran = lambda command: 4 if pytest_runs(command) else 0
+    runner.main()
+    assert list(guest.outcomes()) == ["a", "b"]
+
+
+def test_a_test_that_starts_the_machine_anew_is_run_again(guest: Guest) -> None:
+    def reboot_in_it(command: tuple[str, ...]) -> int:
+        if pytest_runs(command):
+            inside.RUNNING.write_text("a")
+            inside.REBOOTING.touch()
+        return 0
+
+    guest.ran = reboot_in_it
+    runner.main()
+    assert guest.told[-1]["event"] == "boot"
+    guest.ran = finishing("a", "b")
+    runner.main()
+    assert guest.commands[-1][-2:] == ("a", "b")
+    assert guest.outcomes() == {}
+
+
+def test_a_start_that_nobody_asked_for_fails_the_test_that_ran(guest: Guest) -> None:
+    inside.leave(["a", "b"])
+    runner._BEGUN.touch()
+    inside.RUNNING.write_text("a")
+    guest.ran = finishing("b")
+    runner.main()
+    assert list(guest.outcomes()) == ["a"]
+    assert "no test had asked for it" in guest.outcomes()["a"]
