@@ -110,7 +110,12 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     def make(*tests: tuple[str, str], machines: list[Messages]) -> Run:
         run = Run(tests, [FakeMachine(messages) for messages in machines])
         booted = iter(run.machines)
-        monkeypatch.setattr(qemu, "VirtualMachine", lambda *_: next(booted))
+
+        def booted_with(processors: int) -> FakeMachine:
+            assert processors > 0
+            return next(booted)
+
+        monkeypatch.setattr(qemu, "VirtualMachine", lambda *_, processors: booted_with(processors))
         monkeypatch.setattr(project, "make_disk", lambda *arguments: run.agendas.append(arguments[-1]))
         return run
 

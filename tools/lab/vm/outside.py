@@ -8,6 +8,7 @@ item of the outer run like any other, chosen by -k or a node id. If a machine ha
 from __future__ import annotations
 
 import faulthandler
+import os
 import shutil
 import subprocess
 import tempfile
@@ -39,6 +40,7 @@ class Outside:
         self._material: tuple[Path, Path] | None = None
         self._machines: dict[str, qemu.VirtualMachine] = {}
         """By their release; one that has hung is not in it any more."""
+        self._processors = 1
         self._failures: Counter[str] = Counter()
         """How often none could be had, or one hung, by release."""
 
@@ -82,7 +84,10 @@ class Outside:
             return
         try:
             if self._material is None:
-                for each in dict.fromkeys(map(release_of, self._left(item))):
+                releases = dict.fromkeys(map(release_of, self._left(item)))
+                # One that is emulated and finds its own processors taken by others waits for itself most of the time.
+                self._processors = max((os.cpu_count() or 1) // len(releases), 1)
+                for each in releases:
                     self._begin(each, item)
             elif release not in self._machines:
                 self._begin(release, item)
@@ -111,7 +116,7 @@ class Outside:
         base = image.get(release)
         disk = directory / "project.squashfs"
         project.make_disk(disk, *self._material, agenda)
-        self._machines[release] = qemu.VirtualMachine(base, disk, directory)
+        self._machines[release] = qemu.VirtualMachine(base, disk, directory, processors=self._processors)
 
 
 def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pytest.TestReport]:

@@ -42,7 +42,7 @@ class HangError(Exception):
 class VirtualMachine:
     """A machine that runs from its making until ``close``. ``directory`` is its own, and stays."""
 
-    def __init__(self, image: Image, project: Path, directory: Path) -> None:
+    def __init__(self, image: Image, project: Path, directory: Path, *, processors: int) -> None:
         self._console = directory / "console"
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         disk, path = directory / "disk.qcow2", directory / "channel"
@@ -54,7 +54,7 @@ class VirtualMachine:
         command: list[str | Path] = [
             *("setpriv", "--pdeathsig=KILL", "--", "qemu-system-x86_64", "-nodefaults", "-display", "none"),
             *("-machine", "q35", "-accel", os.environ.get("QEMU_ACCEL", "tcg,thread=multi"), "-cpu", "max"),
-            *("-smp", "2", "-m", _MEMORY),
+            *("-smp", str(processors), "-m", _MEMORY),
             *("-kernel", image.kernel, "-initrd", image.initrd),
             # A panic is a new start, which the runner in there tells from one that was asked for.
             *("-append", f"root=/dev/vda rw console=ttyS0 panic=1 oops=panic quiet {_SYSTEMD}"),
