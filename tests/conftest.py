@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes minutes: --long"))
 
 
+def _close_spare_loop() -> None:
+    """Close the event loop that older versions of pytest-asyncio put in the place of a test's own.
+
+    Those are what virtual machines have: Debian's.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore")  # where there is none, asking for it is deprecated
+        spare = asyncio.get_event_loop_policy().get_event_loop()
+        if not spare.is_running():
+            spare.close()
+            asyncio.set_event_loop(None)
+
+
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """The first fixture of a test and so the last to end: whatever the others made is gone by then."""
     before = leftovers.of_this_process()
     yield
     closing.settle()
+    if request.config.pluginmanager.hasplugin("tools.lab.vm.inside"):
+        _close_spare_loop()
     if left := leftovers.left_by_this_process(before):
         pytest.fail("left behind: " + ", ".join(left))
 
