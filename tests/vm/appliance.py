@@ -117,17 +117,23 @@ class Appliance:
 
 
 def set_up() -> Appliance:
-    """Make users and a repository, and have the catalogue know it."""
+    """What is on it; made if it is not there yet, which it is after a new start of the machine."""
+    if not backups.REPOSITORY.exists():
+        _make()
+    found = restore("backups", user="root")
+    return Appliance(
+        backups.load(_MATERIAL),
+        [backup["backup_id"] for backup in sorted(found, key=lambda backup: backup["created_at"])],
+    )
+
+
+def _make() -> None:
+    """Users and a repository, and have the catalogue know it."""
     for name, *groups in ((MEMBER, "--groups", GROUP), (STRANGER,), (ADMIN, "--groups", "sudo")):
         run("/usr/sbin/useradd", "--create-home", "--shell", "/bin/bash", *groups, name)
         subprocess.run(["/usr/sbin/chpasswd"], input=f"{name}:{PASSWORD}\n", text=True, check=True)
     shutil.copytree(_MATERIAL / "repository", backups.REPOSITORY)
-    chain = backups.load(_MATERIAL)
     repository = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")[
         "repository_id"
     ]
     restore("catalog", "scan", repository, user="root")
-    found = restore("backups", user="root")
-    return Appliance(
-        chain, [backup["backup_id"] for backup in sorted(found, key=lambda backup: backup["created_at"])]
-    )
