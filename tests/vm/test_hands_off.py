@@ -104,7 +104,7 @@ def nbd(number: int, image: Path) -> Iterator[str]:
         settle()
         yield device
     finally:
-        run("qemu-nbd", f"--disconnect={device}")
+        run("qemu-nbd", "--disconnect", device)
         until = time.monotonic() + 60
         while Path(f"/sys/block/nbd{number}/pid").exists():
             assert time.monotonic() < until, "somebody holds the device"
