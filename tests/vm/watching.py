@@ -78,13 +78,13 @@ class Watch:
             await self._next()
 
     async def states(self, client: Client, mounts: Sequence[str], wanted: str) -> list[MountInfo]:
-        """Wait until all of these mounts are what is wanted, by way of ``mounting`` and ``mounted`` alone."""
+        """Wait until all of these mounts are what is wanted; none may fail on the way there."""
         while True:
             infos = [await client.mount_info(mount) for mount in mounts]
             if all(info.state == wanted for info in infos):
                 return infos
-            strange = [info for info in infos if info.state not in {"mounting", "mounted", wanted}]
-            assert not strange, strange
+            failed = [info for info in infos if info.state == "failed" != wanted]
+            assert not failed, failed
             await self._next()
 
     async def _next(self) -> None:
