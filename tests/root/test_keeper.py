@@ -62,7 +62,7 @@ async def test_signals_that_stop_a_service_do_not_end_it(tools: Tools) -> None:
     async with asyncio.timeout(60):
         await reads.wait()
     asyncio.get_running_loop().remove_writer(kept.held)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGABRT):
         os.kill(kept._child.pid, number)
     await kept.close()
     assert await kept._child.wait() == 0

@@ -44,8 +44,9 @@ class Keeper:
         """Start it, in the namespace of this process. Raises OSError."""
         reading, held = os.pipe2(os.O_CLOEXEC)
         try:
-            # A service manager that stops the daemon signals its children too; this one has to be the last.
-            child = await tools.spawn_keeper("env", "--ignore-signal=TERM,INT,HUP", "cat", stdin=reading)
+            # A service manager that stops the daemon, or aborts one that hangs, signals its children too; this one
+            # has to be the last.
+            child = await tools.spawn_keeper("env", "--ignore-signal=TERM,INT,HUP,ABRT", "cat", stdin=reading)
         except BaseException:
             os.close(held)
             raise
