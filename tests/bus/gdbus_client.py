@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from gi.repository import Gio, GLib  # type: ignore[import-untyped]  # made at run time, from the libraries' own data
+from gi.repository import Gio, GLib
 
 NAME, ROOT = "com.sendense.Restore1", "/com/sendense/Restore1"
 MOUNT = f"{NAME}.Mount"

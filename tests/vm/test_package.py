@@ -18,6 +18,8 @@ from tools.lab.vm import backups
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
+
 PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
 PATIENCE = 120.0
