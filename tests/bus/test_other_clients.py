@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 GDBUS_CLIENT = Path(__file__).with_name("gdbus_client.py")
+EXAMPLE = Path(__file__).parents[2] / "examples/copy_file.py"
 DISTRIBUTION_PYTHON = "/usr/bin/python3"
 
 
@@ -60,6 +61,18 @@ async def test_a_restore_through_gdbus(service: Served) -> None:
     assert "State" in changed
     # GDBus takes what a signal brings, so a property that is in none is not there without asking.
     assert (said["state"], said["backup"]) == ("mounted", None)
+
+
+async def test_the_example(service: Served, tmp_path: Path) -> None:
+    target = tmp_path / "hostname"
+    address = f"DBUS_SYSTEM_BUS_ADDRESS={service.address}"
+    said = await run(
+        "/usr/bin/env", address, DISTRIBUTION_PYTHON, str(EXAMPLE), "b1", "/partition-1/etc/hostname", str(target)
+    )
+    assert said == f"{target}: 6 bytes\n"
+    assert target.read_text(encoding="utf-8") == "web01\n"
+    async with await Client.connect(service.address) as client:
+        assert await client.list_mounts() == []
 
 
 async def test_what_busctl_shows_of_the_service(service: Served) -> None:
