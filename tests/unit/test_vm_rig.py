@@ -311,3 +311,10 @@ def test_a_start_that_nobody_asked_for_fails_the_test_that_ran(guest: Guest) -> 
     runner.main()
     assert list(guest.outcomes()) == ["a"]
     assert "no test had asked for it" in guest.outcomes()["a"]
+
+
+def test_tests_run_in_the_order_of_the_agenda(guest: Guest) -> None:  # noqa: ARG001 - its state directory
+    inside.leave(["a[x]", "a[y]", "b"])
+    items = [cast("pytest.Item", SimpleNamespace(nodeid=test)) for test in ("a[x]", "b", "a[y]")]
+    inside.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == inside.left()

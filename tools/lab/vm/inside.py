@@ -166,6 +166,13 @@ def reboot() -> None:
         time.sleep(60)  # until the machine goes down
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order in which the outer run expects their reports; older pytests move parametrized tests about."""
+    order = left()
+    items.sort(key=lambda item: order.index(item.nodeid))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Called by pytest."""
     config.pluginmanager.register(Inside())
