@@ -63,8 +63,8 @@ def main() -> int:
         copy(*sys.argv[1:])
     except GLib.Error as error:
         name = Gio.DBusError.get_remote_error(error)  # for programs: com.sendense.Restore1.Error.NAME
-        Gio.DBusError.strip_remote_error(error)
-        print(f"{error.message} ({name})", file=sys.stderr)  # the message is for people
+        message = error.message.removeprefix(f"GDBus.Error:{name}: ")  # for people
+        print(f"{message} ({name})", file=sys.stderr)
         return 1
     return 0
 

@@ -63,14 +63,32 @@ async def test_a_restore_through_gdbus(service: Served) -> None:
     assert (said["state"], said["backup"]) == ("mounted", None)
 
 
+def example(service: Served, *arguments: str) -> list[str]:
+    return [
+        "/usr/bin/env",
+        f"DBUS_SYSTEM_BUS_ADDRESS={service.address}",
+        DISTRIBUTION_PYTHON,
+        str(EXAMPLE),
+        *arguments,
+    ]
+
+
 async def test_the_example(service: Served, tmp_path: Path) -> None:
     target = tmp_path / "hostname"
-    address = f"DBUS_SYSTEM_BUS_ADDRESS={service.address}"
-    said = await run(
-        "/usr/bin/env", address, DISTRIBUTION_PYTHON, str(EXAMPLE), "b1", "/partition-1/etc/hostname", str(target)
-    )
+    said = await run(*example(service, "b1", "/partition-1/etc/hostname", str(target)))
     assert said == f"{target}: 6 bytes\n"
     assert target.read_text(encoding="utf-8") == "web01\n"
+    async with await Client.connect(service.address) as client:
+        assert await client.list_mounts() == []
+
+
+async def test_what_the_example_says_of_errors(service: Served, tmp_path: Path) -> None:
+    command = example(service, "b1", "/partition-1/nothing", str(tmp_path / "nothing"))
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert not done.stderr.startswith(b"GDBus")
+    assert done.stderr.endswith(f" ({BUS_NAME}.Error.PathNotFound)\n".encode())
+    assert not (tmp_path / "nothing").exists()
     async with await Client.connect(service.address) as client:
         assert await client.list_mounts() == []
 
