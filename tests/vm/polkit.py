@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,19 +97,18 @@ def wake() -> None:
     output("/usr/bin/systemctl", "start", UNIT)
 
 
+def pid() -> int:
+    return int(unit(UNIT, "MainPID"))
+
+
 @contextmanager
-def stopped() -> Iterator[None]:
-    """It is there and does nothing (SIGSTOP), until ``go_on`` or the end."""
-    wake()
-    output("/usr/bin/systemctl", "kill", "--signal=STOP", UNIT)
+def stopped(process: int) -> Iterator[None]:
+    """It is there and does nothing, until it is told to go on (SIGCONT) or to the end."""
+    os.kill(process, signal.SIGSTOP)
     try:
         yield
     finally:
-        go_on()
-
-
-def go_on() -> None:
-    output("/usr/bin/systemctl", "kill", "--signal=CONT", UNIT)
+        os.kill(process, signal.SIGCONT)
 
 
 @contextmanager

@@ -20,8 +20,6 @@ from tests.vm.terminal import terminal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 README = Path("/srv/project/README.md")
 PROGRAMS = ("sendense-restore", "busctl")
 HOME = f"/home/{MEMBER}"
