@@ -41,8 +41,8 @@ class Ledger:
         await self._store.insert_mount(_row(mount), _claims(mount))
 
     async def finish(self, mount: Mount) -> None:
-        """Write down what came of it. Raises CatalogUnavailable, MountNotFound."""
-        await self._store.update_mount(mount.id, **_columns(mount))
+        """Write down what came of it, and that its time begins now. Raises CatalogUnavailable, MountNotFound."""
+        await self._renew(mount, **_columns(mount))
 
     async def again(self, mount: Mount) -> None:
         """Write all of it anew: somebody took the row of a finished mount away though its backup is there."""
@@ -58,8 +58,11 @@ class Ledger:
 
     async def renew(self, mount: Mount) -> None:
         """Write down when a mount was used, and when it and its claims end."""
-        used, expires = _utc(mount.last_accessed_at), _utc(mount.expires_at)
-        await _quietly(self._store.renew(mount.id, used, expires, _claims(mount)), f"use of {mount.id}")
+        await _quietly(self._renew(mount), f"use of {mount.id}")
+
+    async def _renew(self, mount: Mount, **changes: Unpack[MountChanges]) -> None:
+        changes["last_accessed_at"], changes["expires_at"] = _utc(mount.last_accessed_at), _utc(mount.expires_at)
+        await self._store.renew(mount.id, _claims(mount), **changes)
 
     async def end(self, mount: Mount) -> None:
         """Delete what is written of a mount that is gone."""

@@ -399,21 +399,20 @@ async def test_a_mount_is_renewed_with_the_claims_that_are_given(house: House) -
     used, end = NOON + timedelta(minutes=1), NOON + timedelta(hours=5)
     renewed = replace(claims[1], expires_at=end, timeout=1.0)
     unwritten = replace(claims[1], uid=8)  # it could not be written when it was given
-    await house.store.renew(
-        "m1", used, end, [renewed, unwritten]
-    )  # and the first one not struck out when it was dropped
+    # The first one was not struck out when it was dropped.
+    await house.store.renew("m1", [renewed, unwritten], last_accessed_at=used, expires_at=end, nbd_device="/dev/nbd1")
     assert await house.store.claims("m1") == [renewed, unwritten]
     assert await house.store.claims("m2") == claims[2:]
-    changed = mount("m1", resume_attempts=1, last_accessed_at=used, expires_at=end)
+    changed = mount("m1", resume_attempts=1, last_accessed_at=used, expires_at=end, nbd_device="/dev/nbd1")
     assert await house.store.mount_rows() == [changed, mount("m2", resume_attempts=1)]
-    await house.store.renew("m1", used, None, [])
+    await house.store.renew("m1", [], expires_at=None)
     assert (await house.store.mount_rows())[0] == replace(changed, expires_at=None)
     assert await house.store.claims("m1") == []
 
 
 async def test_a_mount_that_is_gone_is_not_renewed(house: House) -> None:
     with pytest.raises(errors.MountNotFound):
-        await house.store.renew("m1", NOON, NOON, [ClaimRow("m1", 7, "", NOON, NOON)])
+        await house.store.renew("m1", [ClaimRow("m1", 7, "", NOON, NOON)], last_accessed_at=NOON)
     assert await house.store.claims("m1") == []
 
 

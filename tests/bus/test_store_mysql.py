@@ -117,7 +117,7 @@ async def test_the_documented_rights_are_enough(account: Place, caplog: pytest.L
             assert (await store.vms())[0][0].context_id == "ctx-1"
             await store.insert_mount(mount(), [ClaimRow("m1", 7, "", NOON, NOON)])
             await store.update_mount("m1", status=MountStatus.MOUNTED)
-            await store.renew("m1", NOON, None, [ClaimRow("m1", 8, "x", NOON, NOON)])
+            await store.renew("m1", [ClaimRow("m1", 8, "x", NOON, NOON)], last_accessed_at=NOON)
             await store.add_events([event(1)])
             await store.trim_events(0, NOON)
             assert await store.delete_mount("m1")

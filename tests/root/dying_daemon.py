@@ -30,7 +30,7 @@ BUILDING: tuple[tuple[type, str], ...] = (
     (machine.Machine, "slice"),
     (machine.Machine, "mount"),
     (reader.Reader, "give"),
-    (Store, "update_mount"),
+    (Store, "renew"),
 )
 CLOSING: tuple[tuple[type, str], ...] = (
     (Store, "update_mount"),

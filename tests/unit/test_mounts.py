@@ -51,6 +51,19 @@ async def test_a_mount_is_written_down_before_it_is_built_and_after_it_stands(ho
     assert await serves(mount)
 
 
+async def test_what_is_written_of_a_claim_s_time_begins_when_the_mount_stands(house: House) -> None:
+    gate = house.simulator.stop_at("attach")
+    mounting = start(house.mount())
+    await gate.reached.wait()
+    house.clock.advance(100)
+    gate.open()
+    mount = await mounting
+    (claim,) = await house.store.claims(mount.id)
+    assert claim.expires_at is not None
+    left = claim.expires_at.timestamp() - house.clock.unix()
+    assert left == mount.lease.claims[Holder(ANNA)].timeout, "a crash now would cost it the time of the mounting"
+
+
 async def test_all_disks_have_a_row_without_a_disk(house: House) -> None:
     mount = await house.mount(all_disks=True)
     (row,) = await house.store.mount_rows()
@@ -548,7 +561,7 @@ async def test_a_failed_mount_is_not_mentioned_to_the_catalogue_if_that_does_not
 # --- the store fails ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["backup", "repository", "insert_mount", "update_mount"])
+@pytest.mark.parametrize("method", ["backup", "repository", "insert_mount", "renew"])
 async def test_a_mount_that_cannot_be_written_down_is_not_made(
     house: House, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -200,11 +200,12 @@ class Store:
         """Change columns of a mount's row. Raises MountNotFound; TypeError for a column that does not change."""
         await self._records.write(wishes.update_mount, mount_id, changes)
 
-    async def renew(
-        self, mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]
-    ) -> None:
-        """Write down until when a mount lasts, and its claims: those that are not given go. Raises MountNotFound."""
-        await self._records.write(wishes.renew, mount_id, last_accessed_at, expires_at, claims)
+    async def renew(self, mount_id: str, claims: Sequence[ClaimRow], **changes: Unpack[MountChanges]) -> None:
+        """Change columns of a mount's row, and write down its claims: those that are not given go.
+
+        Raises what ``update_mount`` does.
+        """
+        await self._records.write(wishes.renew, mount_id, claims, changes)
 
     async def delete_mount(self, mount_id: str) -> bool:
         """Delete a mount's row and its claims; whether there was one."""

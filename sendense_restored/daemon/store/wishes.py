@@ -20,7 +20,6 @@ from .records import ClaimRow, MountChanges, MountRow, MountStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from datetime import datetime
 
     from sendense_restored.errors import RestoreError
 
@@ -99,9 +98,9 @@ def wished() -> list[tuple[MountRow, tuple[ClaimRow, ...]]]:
     return [(row, tuple(held.get(row.id, ()))) for row in mount_rows()]
 
 
-def renew(mount_id: str, last_accessed_at: datetime, expires_at: datetime | None, claims: Sequence[ClaimRow]) -> None:
-    """Write down until when a mount lasts, and that these are the claims on it. Raises MountNotFound."""
-    update_mount(mount_id, {"last_accessed_at": last_accessed_at, "expires_at": expires_at})
+def renew(mount_id: str, claims: Sequence[ClaimRow], changes: Mapping[str, object]) -> None:
+    """Change columns of a mount, and write down that these are the claims on it. Raises MountNotFound."""
+    update_mount(mount_id, changes)
     RestoreClaim.delete().where(RestoreClaim.mount == mount_id).execute()
     for claim in claims:
         put_claim(claim)
