@@ -85,6 +85,11 @@ def unit(name: str, prop: str) -> str:
     return output("/usr/bin/systemctl", "show", "--property", prop, "--value", name).strip()
 
 
+def journal_since(begun: float) -> str:
+    """What the service, and systemd about it, have said since then (seconds of the epoch)."""
+    return output("/usr/bin/journalctl", "--unit", SERVICE, "--no-pager", f"--since=@{int(begun)}")
+
+
 def census() -> leftovers.Census:
     """Block devices in use, and what is mounted where everybody sees it."""
     found = leftovers.mounts_of(1)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.vm import appliance
+from tools.lab import leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
 
@@ -43,6 +43,11 @@ def run(name: str, *arguments: str, check: bool = True) -> str:
 
 def settle() -> None:
     run("udevadm", "settle", "--timeout=60")
+
+
+def await_devices(condition: Callable[[], bool], otherwise: str) -> None:
+    """Wait until it is so; each event of a block device is a reason to look again."""
+    assert leftovers.left_in_time({}, lambda: {} if condition() else {otherwise: otherwise}, seconds=60) == []
 
 
 def properties(device: str) -> set[str]:
@@ -99,18 +104,12 @@ def nbd(number: int, image: Path) -> Iterator[str]:
     device = f"/dev/nbd{number}"
     run("qemu-nbd", f"--connect={device}", "--format=raw", str(image))
     try:
-        until = time.monotonic() + 60
-        while not Path(f"/sys/block/nbd{number}/nbd{number}p5").exists():
-            assert time.monotonic() < until, "no partitions"
-            time.sleep(0.1)
+        run("udevadm", "wait", "--timeout=60", f"{device}p5")
         settle()
         yield device
     finally:
         run("qemu-nbd", "--disconnect", device)
-        until = time.monotonic() + 60
-        while Path(f"/sys/block/nbd{number}/pid").exists():
-            assert time.monotonic() < until, "somebody holds the device"
-            time.sleep(0.1)
+        await_devices(lambda: not Path(f"/sys/block/nbd{number}/pid").exists(), "somebody holds the device")
         settle()
 
 
@@ -190,10 +189,11 @@ def disk() -> Iterator[Path]:
 def test_without_the_rules_the_host_takes_everything(disk: Path) -> None:
     with nbd(8, disk):
         try:
-            until = time.monotonic() + 60
-            while "guest-root" not in active_volumes() or not arrays():
-                assert time.monotonic() < until, "the machine shows nothing of what the rules are against"
-                time.sleep(0.2)
+            await_devices(
+                lambda: "guest-root" in active_volumes() and bool(arrays()),
+                "the machine shows nothing of what the rules are against",
+            )
+            settle()
             assert f"/dev/disk/by-uuid/{EXT4_UUID}" in links_to("/dev/nbd8p5")
             assert "ID_BTRFS_READY=1" in properties("/dev/nbd8p2")
         finally:

@@ -10,17 +10,18 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sendense_restored.wire import Caller, Incoming
-from tests.vm.appliance import BUS_NAME, SERVICE, main_pid, run, unit
+from tests.vm.appliance import BUS_NAME, SERVICE, main_pid, output, run, unit
 from tools.lab import leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from sendense_restored.client import Client, MountInfo
 
@@ -92,6 +93,20 @@ class Watch:
         async with asyncio.timeout(SECONDS):
             await self._again.wait()
         self._again.clear()
+
+
+@contextlib.contextmanager
+def logs(text: str) -> Iterator[None]:
+    """Wait until the service has said a line with this text, after what is done meanwhile."""
+    journal = ("/usr/bin/journalctl", "--unit", SERVICE, "--output=cat")
+    cursor = output(*journal, "--lines=0", "--show-cursor").strip().removeprefix("-- cursor: ")
+    yield
+    follow = ("/usr/bin/timeout", f"{SECONDS:.0f}", *journal, "--follow", f"--after-cursor={cursor}")
+    with subprocess.Popen(follow, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        found = any(text in line for line in program.stdout)
+        program.terminate()
+    assert found, f"the service has not said: {text}"
 
 
 async def ended(pidfds: Sequence[int]) -> None:
