@@ -90,12 +90,17 @@ async def two(appliance: Appliance) -> AsyncIterator[Two]:
     assert appliance.chain.unchanged()
 
 
-@pytest.mark.parametrize("part", PARTS)
-async def test_one_that_is_killed_fails_its_mount_and_no_other(two: Two, held: list[int], part: str) -> None:
+# A client that is stopped has the kernel shut the device's socket down: its ioctl waits, and is interrupted.
+@pytest.mark.parametrize(
+    ("part", "number"), [*((part, signal.SIGKILL) for part in PARTS), ("client", signal.SIGSTOP)]
+)
+async def test_one_that_is_killed_fails_its_mount_and_no_other(
+    two: Two, held: list[int], part: str, number: signal.Signals
+) -> None:
     held.append((await two.client.open_file(two.victim, LARGE))[0])
     pid = two.pid(part)
     pidfd = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     await ended([pidfd])
     (info,) = await two.watch.states(two.client, [two.victim], "failed")
     assert "ended" in info.error
