@@ -67,8 +67,8 @@ class Attach:
     """Bytes of a mount's tmpfs, which takes what journal replay writes."""
     overlay_dir: Path | None = None
     """A directory on a disk that takes it instead, if memory is short."""
-    server_uid: int = 60999
-    """The uid of programs that serve images over NBD and connect them, and of those that create images."""
+    uids: range = range(60900, 60964)
+    """The uids of programs that serve images over NBD and of those that connect them; two for each device."""
     probe_uid: int = 60998
     """The uid of tools that read partition tables and superblocks."""
     nbd_devices: range = range(8)
@@ -209,9 +209,14 @@ def taken_over(old: Config, new: Config, keys: Collection[str]) -> Config:
 
 
 def _checked(config: Config) -> Config:
-    uids = {config.attach.server_uid, config.attach.probe_uid}
-    if len(uids) != 2 or any(uid in config.readers.uids for uid in uids):
-        raise ConfigError("attach.server_uid, attach.probe_uid and readers.uids must not overlap")
+    uids = [config.attach.probe_uid, *config.attach.uids, *config.readers.uids]
+    if len(set(uids)) != len(uids):
+        raise ConfigError("attach.uids, attach.probe_uid and readers.uids must not overlap")
+    if len(config.attach.uids) < 2 * len(config.attach.nbd_devices):
+        raise ConfigError(
+            f"attach.uids has {len(config.attach.uids)} uids, attach.nbd_devices needs"
+            f" {2 * len(config.attach.nbd_devices)}, two for each device; widen the range"
+        )
     if len(config.readers.uids) < config.mounts.max:
         raise ConfigError(
             f"readers.uids has {len(config.readers.uids)} uids, mounts.max needs {config.mounts.max}; widen the range"
@@ -338,7 +343,7 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "attach.timeout": _duration,
     "attach.overlay_size": _size,
     "attach.overlay_dir": _path,
-    "attach.server_uid": _uid,
+    "attach.uids": _uid_range,
     "attach.probe_uid": _uid,
     "image.chain_depth": _count(1, 512),  # QEMU gets the chain as one argument, which may have 128 KiB
     "image.repositories": _paths,

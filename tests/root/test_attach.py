@@ -65,12 +65,25 @@ def workplace(tmp_path: Path) -> Iterator[Workplace]:
     linux.umount(runtime)
 
 
+async def opened_on(
+    settings: config.Config, events: BlockEvents, opened: image.Image, workplace: Workplace
+) -> FuseAttachment:
+    """One disk; closed if it cannot be opened, as whoever attaches the disks of a mount does."""
+    attachment = FuseAttachment(Tools.find(TOOLS), settings, events, Threads())
+    try:
+        await attachment.open(opened, workplace, 0)
+    except BaseException:
+        await attachment.close()
+        raise
+    return attachment
+
+
 @pytest.fixture
 async def attachment(
     chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
 ) -> AsyncIterator[FuseAttachment]:
     with image.open_chain(chain.parent, chain.name, depth=8) as opened:
-        attached = await FuseAttachment.open(Tools.find(TOOLS), settings, events, Threads(), opened, workplace, 0)
+        attached = await opened_on(settings, events, opened, workplace)
         yield attached
         await attached.close()
 
@@ -147,7 +160,7 @@ async def test_a_hung_server_is_given_up_in_time_and_nothing_is_left(
 ) -> None:
     short = replace(settings, attach=replace(settings.attach, timeout=1.0))
     with image.open_chain(chain.parent, chain.name, depth=8) as opened:
-        attached = await FuseAttachment.open(Tools.find(TOOLS), settings, events, Threads(), opened, workplace, 0)
+        attached = await opened_on(settings, events, opened, workplace)
         attached._config = short
         assert attached._server is not None
         os.kill(attached._server.pid, signal.SIGSTOP)
@@ -173,7 +186,7 @@ async def test_an_overlay_that_does_not_fit_is_no_space(
     place = Workplace(tmp_path / "tiny", 4096)
     place.make()
     with image.open_chain(chain.parent, chain.name, depth=8) as opened, pytest.raises(errors.NoSpace):
-        await FuseAttachment.open(Tools.find(TOOLS), settings, events, Threads(), opened, place, 0)
+        await opened_on(settings, events, opened, place)
     place.close()
 
 
@@ -184,7 +197,7 @@ async def test_an_image_that_qemu_refuses_is_refused_with_nothing_left(
         with chain.open("r+b") as file:  # after the check, as a failing disk would
             file.write(b"\0" * 64)
         with pytest.raises(errors.ImageRefused):
-            await FuseAttachment.open(Tools.find(TOOLS), settings, events, Threads(), opened, workplace, 0)
+            await opened_on(settings, events, opened, workplace)
 
 
 async def test_a_backup_that_is_being_written_is_not_ready(
@@ -198,7 +211,7 @@ async def test_a_backup_that_is_being_written_is_not_ready(
         assert writer.stdout is not None
         await writer.stdout.readuntil(b"qemu-io> ")
         with pytest.raises(errors.BackupNotReady):
-            await FuseAttachment.open(Tools.find(TOOLS), settings, events, Threads(), opened, workplace, 0)
+            await opened_on(settings, events, opened, workplace)
         await writer.communicate(b"quit\n")
 
 
@@ -234,7 +247,8 @@ async def main():
     place.make()
     opened = image.open_chain(Path({str(chain.parent)!r}), {chain.name!r}, depth=8)
     events = BlockEvents()
-    attached = await FuseAttachment.open(Tools.find({TOOLS!r}), config.Config(), events, Threads(), opened, place, 0)
+    attached = FuseAttachment(Tools.find({TOOLS!r}), config.Config(), events, Threads())
+    await attached.open(opened, place, 0)
     device = await attached.slice(0, {SIZE}, writable=True)
     print(attached._server.pid, device.path, flush=True)
     await asyncio.Event().wait()

@@ -67,10 +67,12 @@ async def attach(overlays: Path, runtime: Path) -> AsyncIterator[Attach]:
         settings = replace(default, attach=replace(default.attach, overlay_size=limit, overlay_dir=overlays))
         workplace = Workplace(runtime / MOUNT, limit, overlays)
         workplace.make()
+        attachment = FuseAttachment(tools, settings, events, Threads())
         try:
             with image.open_chain(top.parent, top.name, depth=2) as opened:
-                attachment = await FuseAttachment.open(tools, settings, events, Threads(), opened, workplace, 0)
+                await attachment.open(opened, workplace, 0)
         except BaseException:
+            await attachment.close()
             workplace.close()
             raise
         made.append((attachment, workplace))

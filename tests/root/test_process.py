@@ -221,3 +221,8 @@ async def test_a_jail_bounds_the_files_that_are_written(tools: Tools, tmp_path: 
         assert os.fstat(descriptor).st_size == 4096
     finally:
         os.close(descriptor)
+
+
+def test_a_jail_that_would_unmount_the_daemon_s_own_places_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for the daemon as well"):
+        Jail(7, without=(tmp_path,))

@@ -31,7 +31,7 @@ def test_the_defaults_are_the_contracts() -> None:
     assert str(defaults.mounts.directory) == "/mnt/sendense/restore"
     assert defaults.mounts.max == 8
     assert defaults.attach.overlay_size == 1 << 30
-    assert (defaults.attach.server_uid, defaults.readers.uids) == (60999, range(61000, 61064))
+    assert (defaults.attach.uids, defaults.readers.uids) == (range(60900, 60964), range(61000, 61064))
     assert defaults.image.chain_depth == 128
     assert defaults.database.url == SqliteUrl(Path("/var/lib/sendense-restore/restore.db"))
 
@@ -57,7 +57,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         timeout = "1.5min"
         overlay_size = "2GiB"
         overlay_dir = "/var/tmp/x"
-        server_uid = 70000
+        uids = "70100-70200"
         probe_uid = 70001
         [image]
         chain_depth = 3
@@ -78,7 +78,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert found == Config(
         mounts=config.Mounts(Path("/mnt/x"), 2, 1, 120.0, 10800.0, 172800.0, 300.0, 30.0),
         limits=config.Limits(5, 2, 3 << 30),
-        attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), 70000, 70001),
+        attach=config.Attach("fuse", 90.0, 2 << 30, Path("/var/tmp/x"), range(70100, 70201), 70001),
         image=config.Image(3, (Path("/srv/backups"), Path("/mnt/nas"))),
         database=config.Database(SqliteUrl(Path("/tmp/x.db"))),
         events=config.Events(500, 86400.0),
@@ -174,10 +174,11 @@ def test_sizes(tmp_path: Path, text: str, size: int) -> None:
         ('[attach]\nnbd_devices = "0-"', "a range such as '0-7'"),
         ('[attach]\nnbd_devices = "0-77777"', "a range such as '0-7'"),
         ("[attach]\nnbd_devices = 3", "a single number such as '3'"),
-        ("[attach]\nserver_uid = 0", "from 1"),
-        ("[attach]\nserver_uid = 4294967295", "from 1"),
-        ("[attach]\nserver_uid = 61000", "must not overlap"),
-        ("[attach]\nprobe_uid = 60999", "must not overlap"),
+        ("[attach]\nprobe_uid = 0", "from 1"),
+        ("[attach]\nprobe_uid = 4294967295", "from 1"),
+        ("[attach]\nprobe_uid = 60963", "must not overlap"),
+        ('[attach]\nuids = "60990-61000"', "must not overlap"),
+        ('[attach]\nuids = "60900-60914"', "needs 16, two for each device"),
         ('[readers]\nuids = "61000"', "a range"),
         ('[readers]\nuids = "0-100"', "a range"),
         ('[readers]\nuids = "200-100"', "a range"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from sendense_restored import config, errors
-from sendense_restored.daemon.host import attach, fuse, nbd, served
+from sendense_restored.daemon.host import attach, nbd, served
 from sendense_restored.daemon.host import image as images
 from sendense_restored.daemon.host.attach import Attacher
 from sendense_restored.daemon.host.nbd import DevicesGoneError, NbdAttachment, _listen, _server_answers
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.threads import Threads
+from sendense_restored.daemon.host.uids import Uids
 from tests.nbd import FakeEvents, Sysfs
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class FakeChild:
     def __init__(self, pid: int) -> None:
         self.pid, self.stderr, self.status = pid, "", 0
         self.killed = False
+        self.stuck = False
+        """Whether the kernel does not let it go."""
         self._ended = asyncio.Event()
 
     @property
@@ -63,6 +67,8 @@ class FakeChild:
         self.end(-9)
 
     async def close(self) -> bool:
+        if self.stuck:
+            return False
         self.kill()
         return True
 
@@ -78,6 +84,7 @@ class Host:
     children: list[FakeChild] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=lambda: {name: f"/x/{name}" for name in nbd.TOOLS})
     answers: bool = True
+    uids: Uids = field(default_factory=lambda: Uids(range(7, 13)))
 
     def has(self, name: str) -> bool:
         return name in self.paths
@@ -176,7 +183,13 @@ async def opened(host: Host, pool: Pool, workplace: Workplace, *, seconds: float
     settings = config.parse({"attach": {"timeout": seconds}})
     parts = (cast("Tools", host), settings, cast("BlockEvents", host.events), Threads())
     image = cast("Image", FakeImage())
-    return await NbdAttachment.open(*parts, image, workplace, 0, pool, taken[0])
+    attachment = NbdAttachment(*parts, pool, host.uids, taken[0])
+    try:
+        await attachment.open(image, workplace, 0)
+    except BaseException:
+        await attachment.close()
+        raise
+    return attachment
 
 
 def states(pool: Pool) -> list[str]:
@@ -210,16 +223,45 @@ async def test_server_and_client_have_little_and_are_not_where_the_daemon_is(
     host.client = [host.connects]
     attachment = await opened(host, pool, workplace)
     (server, serving), (client, connecting) = host.started
-    assert (server.uid, set(server.capabilities)) == (60999, {"dac_read_search"})
-    assert (client.uid, set(client.capabilities)) == (60999, {"sys_admin"})
+    assert (server.uid, set(server.capabilities)) == (7, {"dac_read_search"})
+    assert (client.uid, set(client.capabilities)) == (8, {"sys_admin"})
     for jail in (server, client):
         assert jail.own_mounts
         assert not jail.network
-        assert jail.without == (workplace.path.parent, Path("/mnt/sendense/restore"))
+        assert jail.without == (workplace.path.parent, Path("/mnt/sendense/restore"), Path("/dev"))
     assert {"--persistent", "--shared=1"} < set(serving)
     assert not {"--fork", "-c", "--connect"} & set(serving)
     assert {"-nonetlink", "-nofork", "-timeout", "-unix"} < set(connecting)
     await taken_down(host, attachment)
+
+
+async def test_no_two_helpers_have_the_same_uid_while_they_run(host: Host, pool: Pool, workplace: Workplace) -> None:
+    host.client = [host.connects] * 3
+    first, second = [await opened(host, pool, workplace) for _ in range(2)]
+    assert [jail.uid for jail, _ in host.started] == [7, 8, 9, 10]
+    await taken_down(host, first)
+    assert host.uids.free == 4
+    third = await opened(host, pool, workplace)
+    assert [jail.uid for jail, _ in host.started][4:] == [11, 12], "those just given back rest"
+    await taken_down(host, second)
+    await taken_down(host, third)
+    assert host.uids.free == 6
+
+
+@pytest.mark.parametrize("stuck", [0, 1], ids=["server", "client"])
+async def test_one_that_does_not_end_keeps_its_device_and_uids_until_it_does(
+    host: Host, pool: Pool, workplace: Workplace, stuck: int
+) -> None:
+    host.client = [host.connects]
+    attachment = await opened(host, pool, workplace)
+    host.children[stuck].stuck = True
+    with pytest.raises(errors.Busy):
+        await attachment.close()
+    assert host.children[1 - stuck].killed, "the other is not kept for it"
+    assert (states(pool), host.uids.free) == (["ours", "free", "free"], 4)
+    host.children[stuck].stuck = False
+    await taken_down(host, attachment)
+    assert (states(pool), host.uids.free) == (["free"] * 3, 6)
 
 
 async def test_waiting_for_the_device_looks_after_events_and_at_no_other_time(
@@ -474,10 +516,11 @@ class FakeFuse:
 
     made = 0
 
-    @classmethod
-    async def open(cls, *_: object) -> FakeFuse:
-        cls.made += 1
-        return cls()
+    def __init__(self, *_: object) -> None:
+        type(self).made += 1
+
+    async def open(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -561,14 +604,24 @@ async def test_fuse_and_nothing_else_asks_for_no_device(
 
 @pytest.mark.parametrize(("backend", "expected"), [("auto", "fuse"), ("nbd", "nbd")])
 async def test_without_the_programs_or_the_module_there_is_no_nbd(
-    host: Host, attacher: Callable[[str], Attacher], backend: str, expected: str
+    host: Host,
+    attacher: Callable[[str], Attacher],
+    workplace: Workplace,
+    backend: str,
+    expected: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     del host.paths["nbd-client"]
-    choosing = attacher(backend)
+    with caplog.at_level(logging.INFO):
+        choosing = attacher(backend)
+    assert "not installed: nbd-client (package nbd-client)" in caplog.text
     assert (choosing.backend, choosing.devices()) == (expected, [])
+    if backend == "nbd":
+        with pytest.raises(errors.NoDevice, match="has no NBD"):
+            await attached(choosing, workplace, 1)
 
 
-async def test_an_error_of_the_second_disk_leaves_the_first_to_the_caller_and_no_device_behind(
+async def test_an_error_of_the_second_disk_leaves_both_to_the_caller_and_no_device_besides(
     host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, pool: Pool
 ) -> None:
     def server_ends(child: FakeChild, number: int) -> None:
@@ -580,12 +633,9 @@ async def test_an_error_of_the_second_disk_leaves_the_first_to_the_caller_and_no
     images = [cast("Image", FakeImage()) for _ in range(3)]
     with pytest.raises(errors.ImageRefused):
         await attacher("auto").attach(images, workplace, made)
-    assert states(pool) == ["ours", "free", "free"]
-    (first,) = made
+    assert states(pool) == ["ours", "ours", "free"]
+    first, second = made
     assert isinstance(first, NbdAttachment)
     await taken_down(host, first)
-
-
-def test_what_is_needed_besides_is_said_with_its_package() -> None:
-    assert set(attach.OPTIONAL_TOOLS) == {"qemu-nbd", "nbd-client"}
-    assert fuse.REQUIRED_TOOLS is attach.REQUIRED_TOOLS
+    await second.close()
+    assert states(pool) == ["free"] * 3

@@ -100,9 +100,9 @@ def exported(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def nbd(number: int, image: Path) -> Iterator[str]:
-    """A disk on one of the kernel's NBD devices, connected by hand, with its partitions."""
+    """A disk on one of the kernel's NBD devices, connected by hand, with its partitions; it stays as it is."""
     device = f"/dev/nbd{number}"
-    run("qemu-nbd", f"--connect={device}", "--format=raw", str(image))
+    run("qemu-nbd", f"--connect={device}", "--snapshot", "--format=raw", str(image))
     try:
         run("udevadm", "wait", "--timeout=60", f"{device}p5")
         settle()
@@ -182,8 +182,11 @@ def disk() -> Iterator[Path]:
         run("lvcreate", "--yes", "--name=root", "--extents=4", "sendense")
         yield image
         assert "sendense-root" in active_volumes(), "the host's own volume group was touched"
-        run("vgchange", "-an", "sendense")
+        run("vgremove", "--yes", "sendense")
     run("rm", "--recursive", str(WORK))
+    for group in ("guest", "sendense"):  # what LVM remembers of them
+        for kept in Path("/etc/lvm").glob(f"*/{group}*"):
+            kept.unlink()
 
 
 def test_without_the_rules_the_host_takes_everything(disk: Path) -> None:
@@ -220,10 +223,15 @@ def test_disks_on_our_nbd_devices_are_left_alone(disk: Path) -> None:
 
 
 def test_udisks_offers_nothing_of_them(disk: Path) -> None:
-    with nbd(0, disk):
-        told = run("udisksctl", "info", "--block-device", "/dev/nbd0p5")
-        assert "HintIgnore:                 true" in told
-        assert EXT4_UUID not in told
+    with nbd(0, disk), nbd(8, disk):
+        try:
+            run("systemctl", "restart", "udisks2.service")  # it looks at everything before it has its name
+            assert EXT4_UUID in run("udisksctl", "info", "--block-device", "/dev/nbd8p5")
+            told = run("udisksctl", "info", "--block-device", "/dev/nbd0p5", check=False)
+            assert told == "" or "HintIgnore:                 true" in told
+            assert EXT4_UUID not in told
+        finally:
+            let_go()
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -267,8 +275,9 @@ def test_arrays_of_md_that_are_ours_have_no_links(disk: Path) -> None:
     with loop(disk, offset("md"), SIZE * 512) as device:
         try:
             let_go()
-            Path("/sys/module/md_mod/parameters/new_array").write_text("md_sndrst_0", encoding="ascii")
-            run("mdadm", "--assemble", "--run", "/dev/md_sndrst_0", device)
+            names = WORK / "mdadm.conf"
+            names.write_text("CREATE names=yes\n", encoding="ascii")  # the node is /dev/md_NAME, not /dev/md127
+            run("mdadm", f"--config={names}", "--assemble", "--run", "/dev/md/sndrst_0", device)
             settle()
             assert properties("/dev/md_sndrst_0") >= FLAGS
             assert links_to("/dev/md_sndrst_0") == []

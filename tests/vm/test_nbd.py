@@ -226,16 +226,22 @@ async def test_who_serves_and_connects_has_no_more_than_it_needs(
     attacher: Attacher, settings: config.Config, disk: Path
 ) -> None:
     async with attached(attacher, settings, disk) as disks:
+        uids: set[str] = set()
         for pid, capability in ((disks.server, linux.CAP_DAC_READ_SEARCH), (disks.client, linux.CAP_SYS_ADMIN)):
             status = dict(
                 line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
             )
-            assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(settings.attach.server_uid)}
+            (uid,) = set(status["Uid"].split())
+            assert int(uid) in settings.attach.uids
+            assert set(status["Gid"].split()) == {uid}
+            uids.add(uid)
             assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {1 << capability}
             assert status["NoNewPrivs"] == "1"
             mounts = Path(f"/proc/{pid}/mountinfo").read_text()
             assert str(settings.paths.runtime) not in mounts
             assert str(settings.mounts.directory) not in mounts
+            assert not Path(f"/proc/{pid}/root/dev/nbd9").exists(), "the backup side's devices"
+        assert len(uids) == 2, "one could end the other, or look into it"
         assert Path("/sys/block/nbd0/pid").read_text() == f"{disks.client}\n"
         assert [each.name for each in disks.workplace.path.iterdir()] == ["nbd0"], "no socket, no overlay"
 

@@ -16,6 +16,7 @@ from . import fuse, nbd
 from .fuse import FuseAttachment
 from .nbd import DevicesGoneError, NbdAttachment
 from .nbd_pool import Pool
+from .uids import Uids
 from .workplace import Workplace
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Attacher:
     def __init__(self, tools: Tools, config: Config, events: BlockEvents, threads: Threads) -> None:
         self._parts = (tools, config, events, threads)
         self._only = config.attach.backend
+        self._uids = Uids(config.attach.uids)
         self._pool = self._find_pool(tools, config) if self._only != "fuse" else None
 
     def _find_pool(self, tools: Tools, config: Config) -> Pool | None:
@@ -99,14 +101,14 @@ class Attacher:
     async def attach(self, images: Sequence[Image], workplace: Workplace, made: list[Attachment]) -> None:
         """Serve all disks of a mount, in the same way.
 
-        Each is in ``made`` as soon as it stands; the caller closes what is in there, also after an error. Raises
+        Each is in ``made`` before anything of it is; the caller closes what is in there, also after an error. Raises
         errors.NoDevice, ImageRefused, BackupNotReady, Timeout, NoSpace or Failed.
         """
         if self._pool is not None and (taken := self._pool.take(len(images), workplace.path.name)) is not None:
             try:
                 await self._with_nbd(self._pool, taken, images, workplace, made)
             except DevicesGoneError:
-                log.warning("the NBD devices were taken by others in the last moment")
+                log.warning("no NBD device could be connected; the lines above say why")
                 while made:
                     await made[-1].close()
                     made.pop()
@@ -114,13 +116,18 @@ class Attacher:
                 return
         if self._only == "nbd":
             raise errors.NoDevice(
-                f"not enough NBD devices are free for {len(images)} disks; unmount something and try again, or see"
-                " attach.nbd_devices and attach.backend"
+                "this service has no NBD, its journal says what is missing; an administrator can install that, or set"
+                " attach.backend to auto"
+                if self._pool is None
+                else f"not enough NBD devices are free for {len(images)} disk(s); unmount something and try again, or"
+                " see attach.nbd_devices and attach.backend"
             )
         if self._pool is not None:
-            log.info("not enough NBD devices for %d disks: FUSE and loop instead", len(images))
+            log.info("not enough NBD devices for %d disk(s): FUSE and loop instead", len(images))
         for index, image in enumerate(images):
-            made.append(await FuseAttachment.open(*self._parts, image, workplace, index))
+            attachment = FuseAttachment(*self._parts)
+            made.append(attachment)
+            await attachment.open(image, workplace, index)
 
     async def _with_nbd(
         self,
@@ -132,9 +139,10 @@ class Attacher:
     ) -> None:
         try:
             for index, image in enumerate(images):
-                # From here on it is the attachment's, whatever comes of that.
-                device = taken.pop(0)
-                made.append(await NbdAttachment.open(*self._parts, image, workplace, index, pool, device))
+                # From here on the device is the attachment's, and that the caller's, whatever comes of it.
+                attachment = NbdAttachment(*self._parts, pool, self._uids, taken.pop(0))
+                made.append(attachment)
+                await attachment.open(image, workplace, index)
         finally:
             for device in taken:
                 await pool.give_back(device)

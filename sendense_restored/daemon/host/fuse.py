@@ -68,30 +68,11 @@ class FuseAttachment(Served):
         super().__init__(tools, config, events, threads)
         self._export = Path()
 
-    @classmethod
-    async def open(
-        cls,
-        tools: Tools,
-        config: Config,
-        events: BlockEvents,
-        threads: Threads,
-        image: Image,
-        workplace: Workplace,
-        index: int,
-    ) -> FuseAttachment:
-        """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to.
+    async def open(self, image: Image, workplace: Workplace, index: int) -> None:
+        """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to; once.
 
-        Raises errors.ImageRefused, Timeout, NoSpace or Failed; nothing is left then.
+        Raises errors.ImageRefused, BackupNotReady, Timeout, NoSpace or Failed; ``close`` takes away what is left.
         """
-        attachment = cls(tools, config, events, threads)
-        try:
-            await attachment._open(image, workplace, index)
-        except BaseException:
-            await attachment.close()
-            raise
-        return attachment
-
-    async def _open(self, image: Image, workplace: Workplace, index: int) -> None:
         self.size = image.virtual_size
         # In the server's own namespace, where nothing else is; the name tells people whose it is.
         export = workplace.path.parent / f"{workplace.path.name}-disk-{index}"
@@ -160,6 +141,7 @@ class FuseAttachment(Served):
         """See ``Attachment``; may be called again. Raises errors.Busy."""
         self._closing = True
         await self._end_server()
+        await self._all_ended()
 
 
 def _open_export(path: Path) -> int:

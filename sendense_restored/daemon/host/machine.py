@@ -121,7 +121,7 @@ class Machine:
         said = leftovers.sweep(self._config.paths.runtime, self._config.mounts.directory, live)
         if self._config.attach.overlay_dir is not None:
             try:
-                owners = {0, self._config.attach.server_uid}
+                owners = {0, *self._config.attach.uids}
                 said += remove_forgotten(self._config.attach.overlay_dir, live, owners)
             except OSError as error:
                 said.append(f"attach.overlay_dir cannot be looked through: {error}")

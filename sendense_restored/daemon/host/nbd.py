@@ -7,13 +7,15 @@ the ioctl that is the connection (NBD_DO_IT): its death, however it comes, is th
 connection but its own. That is why closing kills the client, and never runs ``nbd-client -d``, which disconnects
 whoever is on the device by then.
 
-Both children have mount namespaces without the daemon's mounts, and the uid of ``attach.server_uid``. The server may
-reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH). The client needs CAP_SYS_ADMIN for the
-driver's ioctls, and a node of its own for the one device, as it may not open those in ``/dev``.
+Both children have mount namespaces without the daemon's mounts, and each has a uid that no other process has
+(``attach.uids``), so that a server that a guest has taken over reaches no other. The server may reopen images of
+other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH), but no device: there is no ``/dev`` for it. The client
+needs CAP_SYS_ADMIN for the driver's ioctls, and a node of its own for the one device.
 
 nbd-client sets sizes and clears the socket of whatever device it is given before the kernel has a chance to refuse:
 on a device that somebody connected a moment ago it would do harm. The last look at ``pid`` is therefore taken in its
-own process, right before it starts. Programs that heed the lock file are safe without that.
+own process, right before it starts; what is left of the gap is its talk with the server (``attach.timeout`` at most).
+Programs that heed the lock file are safe without that.
 
 ``nbd-client -timeout`` bounds how long the kernel waits for an answer: a hung server means EIO, never a process that
 cannot be killed. The kernel looks for partitions when the device is opened first (GD_NEED_PART_SCAN), which is done
@@ -32,6 +34,7 @@ import os
 import socket
 import stat
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sendense_restored import errors
@@ -43,7 +46,6 @@ from .served import SERVER_MEMORY, Served, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from sendense_restored.config import Config
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .process import Child, Tools
     from .threads import Threads
     from .udev import BlockEvents
+    from .uids import Uids
     from .workplace import Workplace
 
 log = logging.getLogger(__name__)
@@ -69,8 +72,10 @@ _LAST_LOOK = f"""
 shift
 exec "$@"
 """
-_SERVER_THREADS = 4096
-"""For all servers together, which have one uid: QEMU has up to 64 each."""
+_DEVICES = Path("/dev")
+_SERVER_THREADS = 128
+"""QEMU has up to 64 that work, and a few more."""
+_CLIENT_THREADS = 8
 _GRACE = 2.0
 """Seconds for a client to tidy up whose server has gone."""
 
@@ -83,43 +88,32 @@ class NbdAttachment(Served):
     """A disk on an NBD device; see ``attach.Attachment``. Owns the device from the beginning."""
 
     def __init__(
-        self, tools: Tools, config: Config, events: BlockEvents, threads: Threads, pool: Pool, device: NbdDevice
-    ) -> None:
-        super().__init__(tools, config, events, threads)
-        self._pool, self.device = pool, device
-        self._client: Child | None = None
-        self._killed = False
-        self._node: Path | None = None
-
-    @classmethod
-    async def open(
-        cls,
+        self,
         tools: Tools,
         config: Config,
         events: BlockEvents,
         threads: Threads,
-        image: Image,
-        workplace: Workplace,
-        index: int,
         pool: Pool,
+        uids: Uids,
         device: NbdDevice,
-    ) -> NbdAttachment:
-        """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to, on ``device``.
+    ) -> None:
+        """``device`` is one of the ``pool``, which gets it back, and ``uids`` its two, when this is closed."""
+        super().__init__(tools, config, events, threads)
+        self._pool, self._uids, self.device = pool, uids, device
+        self._server_uid, self._client_uid = uids.take(), uids.take()
+        self._lent: tuple[int, ...] = (self._server_uid, self._client_uid)
+        self._client: Child | None = None
+        self._killed = False
+        self._node: Path | None = None
 
-        If somebody takes the device meanwhile, another one of the ``pool``. Raises DevicesGoneError if there is none;
-        errors.ImageRefused, Timeout, NoSpace, BackupNotReady or Failed. Nothing is left then.
+    async def open(self, image: Image, workplace: Workplace, index: int) -> None:
+        """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to; once.
+
+        If somebody takes the device meanwhile, it is another one of the pool. Raises DevicesGoneError if there is
+        none; errors.ImageRefused, Timeout, NoSpace, BackupNotReady or Failed. ``close`` takes away what is left.
         """
-        attachment = cls(tools, config, events, threads, pool, device)
-        try:
-            await attachment._open(image, workplace, index)
-        except BaseException:
-            await attachment.close()
-            raise
-        return attachment
-
-    async def _open(self, image: Image, workplace: Workplace, index: int) -> None:
         self.size = image.virtual_size
-        overlay = await self._make_overlay(workplace, index, owner=self._config.attach.server_uid)
+        overlay = await self._make_overlay(workplace, index, owner=self._server_uid)
         try:
             node, fds = self._chain(image, overlay)
             directory = os.open(workplace.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -147,10 +141,10 @@ class NbdAttachment(Served):
     ) -> int:
         """Start it, and see that it has opened the chain; a descriptor that its socket is reached through."""
         jail = Jail(
-            self._config.attach.server_uid,
+            self._server_uid,
             capabilities=frozenset({"dac_read_search"}),
             own_mounts=True,
-            without=self._places(workplace),
+            without=(*self._places(workplace), _DEVICES),
             memory=SERVER_MEMORY,
             cpu=None,
             files=4096,
@@ -195,14 +189,14 @@ class NbdAttachment(Served):
             return False
         client = self._client = await self._tools.spawn(
             Jail(
-                self._config.attach.server_uid,
+                self._client_uid,
                 capabilities=frozenset({"sys_admin"}),
                 own_mounts=True,
-                without=self._places(workplace),
+                without=(*self._places(workplace), _DEVICES),
                 memory=64 << 20,
                 cpu=None,
                 files=64,
-                processes=_SERVER_THREADS,
+                processes=_CLIENT_THREADS,
             ),
             *("sh", "-euc", _LAST_LOOK, "sh", str(device.sysfs / "pid"), self._tools.paths["nbd-client"]),
             *("-nonetlink", "-nofork", "-timeout", str(math.ceil(seconds)), "-N", _EXPORT),
@@ -224,7 +218,7 @@ class NbdAttachment(Served):
     def _make_node(self, workplace: Workplace) -> None:
         """A node of the client's own: its base name must be the device's, which is how nbd-client knows it."""
         self._remove_node()
-        node, uid = workplace.path / self.device.path.name, self._config.attach.server_uid
+        node, uid = workplace.path / self.device.path.name, self._client_uid
         os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(*numbers_of(self.device.sysfs)))
         self._node = node
         os.chown(node, uid, uid)
@@ -277,15 +271,20 @@ class NbdAttachment(Served):
     async def close(self) -> NbdDevice | None:
         """See ``Attachment``; may be called again. Raises errors.Busy."""
         self._closing = True
-        if self._client is not None:
+        if self._client is not None and self._killed:
             # Killed between the end of its ioctl and its last words to the kernel, it would leave requests that were
             # on their way to wait until their time is up.
-            if self._killed:
-                await self._client.ends_within(_GRACE)
-            if not await self._client.close():
-                raise errors.Busy("the device's client cannot be ended, because the device does not answer")
+            await self._client.ends_within(_GRACE)
+        ended = self._client is None or await self._client.close()
         await self._end_server()
+        # What it waited for may have been the server.
+        if not ended and self._client is not None and not await self._client.close():
+            raise errors.Busy("the device's client cannot be ended, because the device does not answer")
+        await self._all_ended()
         self._remove_node()
+        for uid in self._lent:
+            self._uids.give_back(uid)
+        self._lent = ()
         return await self._pool.give_back(self.device)
 
 

@@ -52,8 +52,8 @@ shift
 exec "$@"
 """
 # Makes of the standard input what sd_listen_fds(3) looks for. The process stays the same through exec, so $$ is the
-# program's own number.
-_ACTIVATED = 'exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+# program's own number. Its output goes to /dev/null, open for reading as well, which need not be there by name.
+_ACTIVATED = 'exec 3<&0 <&1; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 _ACTIVATED_NUMBER = 3
 _MOST_OUTPUT = 4 << 20
 # A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
@@ -108,6 +108,10 @@ class Jail:
     file_size: int | None = None
     """The most bytes that a file may have which it writes to (RLIMIT_FSIZE). Beyond that, SIGXFSZ ends a program that
     does not ignore it."""
+
+    def __post_init__(self) -> None:
+        if self.without and not self.own_mounts:
+            raise ValueError("what it lets go of would be unmounted for the daemon as well")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 import sys
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from sendense_restored.reader import protocol
 
 from .process import Jail, ToolError, internal
 from .reader import Reader
+from .uids import Uids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,14 +55,13 @@ class Readers:
         self._tools = tools
         self._config = config
         self._program = program
-        # In turns, so that a uid rests as long as possible between two readers.
-        self._free_uids = deque(config.readers.uids)
+        self._uids = Uids(config.readers.uids)
         self._running: set[int] = set()
 
     @property
     def uids_free(self) -> int:
         """How many more readers there can be."""
-        return len(self._free_uids)
+        return self._uids.free
 
     @property
     def pids(self) -> set[int]:
@@ -76,11 +75,11 @@ class Readers:
         from the root of a volume ``..`` leads to where it is mounted, and on up to the root of the process.
         Raises LimitReached if no uid is free, Failed if the process does not come up.
         """
-        if not self._free_uids:
+        if not self._uids.free:
             raise errors.LimitReached("no uid is free for another reader; unmount something or widen readers.uids")
-        uid = self._free_uids.popleft()
+        uid = self._uids.take()
         with contextlib.ExitStack() as undo:
-            undo.callback(self._free_uids.append, uid)
+            undo.callback(self._uids.give_back, uid)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(ours.close)
             with theirs:
@@ -96,7 +95,7 @@ class Readers:
 
         def gone() -> None:
             self._running.discard(child.pid)
-            self._free_uids.append(uid)
+            self._uids.give_back(uid)
 
         reader = Reader(child, uid, ours, root, seconds=seconds, gone=gone)
         try:

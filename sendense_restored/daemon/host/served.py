@@ -63,23 +63,26 @@ class Served:
         self._closing = False
 
     async def _make_overlay(self, workplace: Workplace, index: int, owner: int) -> int:
-        """An empty qcow2 file of the disk's size without a backing name, of uid ``owner``; returns it open.
+        """An empty qcow2 file of the disk's size without a backing name; returns it open.
+
+        It is made by, and belongs to, uid ``owner``, which is the server's.
 
         qemu-img never sees the chain: with ``-b`` it would open whatever the base's header names.
         """
         options = _OVERLAY_OPTIONS if workplace.overlay_limit is None else _OVERLAY_OPTIONS_ON_DISK
         overlay = workplace.open_overlay(index)
         try:
-            os.fchown(overlay, self._config.attach.server_uid, self._config.attach.server_uid)
+            os.fchown(overlay, owner, owner)
             target = f"/proc/self/fd/{overlay}"
             await self._tools.run(
-                Jail(self._config.attach.server_uid, file_size=workplace.overlay_limit),
+                # Under a uid that nobody else has: whoever has it could open the overlay now and write to it later,
+                # when its header names a file that QEMU opens.
+                Jail(owner, file_size=workplace.overlay_limit),
                 "qemu-img",
                 *("create", "-q", "-f", "qcow2", "-o", options, target, str(self.size)),
                 seconds=self._config.attach.timeout,
                 fds=(overlay,),
             )
-            os.fchown(overlay, owner, owner)
         except ToolError as error:
             os.close(overlay)
             if any(reason in error.stderr for reason in _FULL):
@@ -160,6 +163,9 @@ class Served:
         # Killed, not asked: nothing that it holds outlives the mount, and a hung one would not answer.
         if self._server is not None and not await self._server.close():
             raise errors.Busy("the image server cannot be ended, because the repository's storage does not answer")
+
+    async def _all_ended(self) -> None:
+        """Once all children have ended; may be called again."""
         if self._watches:
             await asyncio.wait(self._watches)
         self.lost.cancel()
