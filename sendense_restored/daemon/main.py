@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import signal
+import stat
 import sys
 from collections import Counter
 from contextlib import AsyncExitStack
@@ -66,7 +67,7 @@ def main() -> None:
         settings = config.load(arguments.config)
         prepare(settings)
         sys.exit(asyncio.run(run(settings, arguments.config, manager)))
-    except (BusError, OSError, CatalogUnavailable, StoreUnreachableError) as error:
+    except (AnotherRunsError, BusError, OSError, CatalogUnavailable, StoreUnreachableError) as error:
         log.critical("not starting: %s", error)
         manager.notice(f"not starting: {error}")
         sys.exit(1)
@@ -77,14 +78,14 @@ def main() -> None:
 
 
 def prepare(settings: config.Config) -> None:
-    """What has to happen before any thread starts. Raises config.ConfigError."""
+    """What has to happen before any thread starts. Raises config.ConfigError, AnotherRunsError."""
     if os.geteuid() != 0:
         raise config.ConfigError("the service must run as root: it attaches block devices and mounts file systems")
     os.umask(0o077)
     # A mount holds a descriptor for each layer of its chain; children get limits of their own.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    be_the_only_one(settings.paths.runtime)
+    be_the_only_one(settings.paths.runtime)  # until the process ends, however it ends
     try:
         enter_private_namespace(settings)
     except OSError as error:
@@ -95,20 +96,43 @@ def prepare(settings: config.Config) -> None:
         asyncio.get_event_loop_policy().set_child_watcher(asyncio.PidfdChildWatcher())
 
 
-def be_the_only_one(directory: Path) -> None:
-    """Hold a lock on ``directory`` until the process ends, however it ends. Raises config.ConfigError.
+class AnotherRunsError(Exception):
+    """The lock is somebody else's. It may be let go of, so this is no matter of the configuration."""
+
+
+def be_the_only_one(directory: Path) -> int:
+    """Hold a lock on ``directory`` for as long as the descriptor is open that this returns.
 
     The bus has room for one service anyway, but before that shows, a second one would have cleared the first one's
-    records. On the directory itself: the daemon's own mount over it hides no file of the host's.
+    records. On the directory itself: the daemon's own mount over it hides no file of the host's. Whoever can open it
+    can lock it, so nobody else may. Raises config.ConfigError, AnotherRunsError.
     """
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            _close_to_others(directory, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(descriptor)
+            raise
     except BlockingIOError:
-        raise config.ConfigError(f"another one runs already: {directory} is locked") from None
+        raise AnotherRunsError(f"another one runs already: {directory} is locked") from None
     except OSError as error:
         raise config.ConfigError(f"{directory} cannot be used: {error}") from None
+    return descriptor
+
+
+def _close_to_others(directory: Path, descriptor: int) -> None:
+    """Raises config.ConfigError, OSError."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
+        raise config.ConfigError(f"{directory} belongs to another user (uid {status.st_uid})")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        # One that others use as well (/run itself, by mistake) is not taken away from them.
+        if os.listdir(descriptor):
+            raise config.ConfigError(f"{directory} holds other things: paths.runtime must be a directory of its own")
+        os.fchmod(descriptor, 0o700)
 
 
 class _Told:

@@ -128,6 +128,8 @@ def test_the_unit_lets_readers_and_shells_have_their_namespaces() -> None:
 def test_the_unit_and_the_configuration_mean_the_same_places() -> None:
     defaults = config.Config()
     assert values("RuntimeDirectory") == [str(defaults.paths.runtime.relative_to("/run"))]
+    # Only root opens what the daemon's lock is on; and a start that is tried again meets the same lock.
+    assert (values("RuntimeDirectoryMode"), values("RuntimeDirectoryPreserve")) == (["0700"], ["restart"])
     database = defaults.database.url
     assert isinstance(database, SqliteUrl)
     assert values("StateDirectory") == [str(database.path.parent.relative_to("/var/lib"))]

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored.client import Client
-from tests.vm.appliance import BUS_NAME, MEMBER, SERVICE, journal_since, main_pid, output, restore, run, unit
+from tests.vm.appliance import (
+    BUS_NAME,
+    MEMBER,
+    SERVICE,
+    STRANGER,
+    journal_since,
+    main_pid,
+    output,
+    restore,
+    run,
+    unit,
+)
 from tests.vm.watching import Watch, logs
 from tools.lab.vm import backups
 
@@ -21,6 +32,7 @@ pytestmark = pytest.mark.long  # until it has been seen green on both releases, 
 
 PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
+RUNTIME = Path("/run/sendense-restore")
 MOST_EXPOSURE = 3.8
 
 
@@ -64,6 +76,23 @@ def test_nobody_starts_what_is_disabled() -> None:
         assert unit(SERVICE, "ActiveState") == "inactive"
     finally:
         run(SYSTEMCTL, "enable", "--now", SERVICE)
+
+
+@pytest.mark.usefixtures("appliance")
+def test_no_stranger_locks_the_service_out() -> None:
+    """Whoever could open the directory that the daemon locks could hold that lock."""
+
+    def assert_closed() -> None:
+        refused = run("/usr/bin/flock", "--nonblock", RUNTIME, "/bin/true", user=STRANGER, check=False)
+        assert "Permission denied" in refused.stderr, refused
+
+    assert_closed()
+    run(SYSTEMCTL, "stop", SERVICE)
+    try:
+        assert_closed()  # nor made, if systemd has taken it away already
+    finally:
+        run(SYSTEMCTL, "start", SERVICE)
+    assert_closed()
 
 
 async def test_to_stop_is_to_unmount(appliance: Appliance) -> None:
