@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -135,7 +136,7 @@ async def test_a_tool_that_holds_the_lock_is_left_alone(
     pool: Pool, sysfs: Sysfs, caplog: pytest.LogCaptureFixture
 ) -> None:
     sysfs.locks.mkdir()
-    with (sysfs.locks / "sendense-restore-nbd0").open("w") as file:
+    with (sysfs.locks / "nbd0").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with caplog.at_level(logging.WARNING):
             assert one(pool).path.name == "nbd1"
@@ -159,30 +160,92 @@ async def test_who_connects_between_the_look_and_the_lock_keeps_the_device(
     assert states(pool)[0] == ("foreign", "")
 
 
-@pytest.mark.parametrize("kind", ["link", "directory", "fifo", "device of another"])
-async def test_what_others_put_in_the_place_of_a_lock_keeps_nobody_out(pool: Pool, sysfs: Sysfs, kind: str) -> None:
-    sysfs.locks.mkdir()
-    path, victim = sysfs.locks / "sendense-restore-nbd0", sysfs.locks / "victim"
+def plant(path: Path, kind: str) -> None:
+    """What is not a lock, or a directory of locks."""
+    victim = path.parent.parent / "victim"
     victim.write_text("untouched")
     if kind == "link":
         path.symlink_to(victim)
-    elif kind == "directory":
-        path.mkdir()
     elif kind == "fifo":
         os.mkfifo(path)
     else:
-        os.link(victim, path)
-    name = one(pool).path.name
-    # A directory cannot be unlinked, and a second name of a file is not ours either: then it is another device.
-    assert name == ("nbd0" if kind in {"link", "fifo"} else "nbd1")
-    assert victim.read_text() == "untouched"
+        (path / "within").mkdir(parents=True)
 
 
-async def test_a_lock_file_is_root_s_alone_and_not_inherited(pool: Pool, sysfs: Sysfs) -> None:
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory of another user"])
+async def test_what_others_put_in_the_place_of_the_locks_is_moved_aside(
+    pool: Pool, sysfs: Sysfs, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(sysfs.locks, kind)
+    planted = sysfs.locks.lstat().st_ino
+    if "user" in kind:
+        owner = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with caplog.at_level(logging.WARNING):
+        assert one(pool).path.name == "nbd0"
+    monkeypatch.undo()
+    (aside,) = sysfs.locks.parent.glob(f"{sysfs.locks.name}.*")
+    assert aside.lstat().st_ino == planted
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{sysfs.locks} was not ours: it is {aside.name} now"
+    ]
+    assert one(pool).path.name == "nbd1"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+async def test_so_is_what_was_in_their_directory_before_it_was_root_s(pool: Pool, sysfs: Sysfs, kind: str) -> None:
+    """systemd-tmpfiles makes a directory that it finds root's own, whatever is in it."""
+    sysfs.locks.mkdir(mode=0o755)
+    path = sysfs.locks / "nbd0"
+    plant(path, kind)
+    planted = path.lstat().st_ino
+    assert one(pool).path.name == "nbd0"
+    (aside,) = sysfs.locks.glob("nbd0.*")
+    assert aside.lstat().st_ino == planted
+    assert (sysfs.locks.parent / "victim").read_text() == "untouched"
+
+
+async def test_a_lock_of_ours_is_never_replaced(pool: Pool, sysfs: Sysfs) -> None:
+    """Another program of root's may be about to lock it."""
+    sysfs.locks.mkdir()
+    path = sysfs.locks / "nbd0"
+    path.touch()
+    before = path.stat().st_ino
+    assert one(pool).path.name == "nbd0"
+    assert path.stat().st_ino == before
+
+
+async def test_what_cannot_be_moved_aside_leaves_the_devices_alone(
+    pool: Pool, sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path, _target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    plant(sysfs.locks, "fifo")
+    monkeypatch.setattr(type(sysfs.locks), "rename", busy)
+    with caplog.at_level(logging.WARNING):
+        assert pool.take(1, "m") is None
+        assert pool.take(1, "m") is None
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"not using nbd{number}: {sysfs.locks}: Device or resource busy" for number in range(3)]
+
+
+async def test_locks_are_root_s_alone_and_not_inherited(pool: Pool, sysfs: Sysfs) -> None:
+    before = os.umask(0)
     device = one(pool)
-    status = (sysfs.locks / "sendense-restore-nbd0").stat()
-    assert stat.S_IMODE(status.st_mode) == 0o600
+    os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (sysfs.locks, sysfs.locks / "nbd0")] == [0o700, 0o600]
     assert not os.get_inheritable(device._lock)
+
+
+@pytest.mark.parametrize("bits", [0o755, 0o777])
+async def test_nobody_else_reaches_them_in_a_directory_that_was_open_to_all(
+    pool: Pool, sysfs: Sysfs, bits: int
+) -> None:
+    sysfs.locks.mkdir()
+    sysfs.locks.chmod(bits)
+    one(pool)
+    assert stat.S_IMODE(sysfs.locks.stat().st_mode) == 0o700
 
 
 # --- being served ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from sendense_restored import config
-from sendense_restored.daemon.host import attach, filesystem, keeper, process, shell, volumes
+from sendense_restored.daemon.host import attach, filesystem, keeper, nbd_pool, process, shell, volumes
 from sendense_restored.daemon.interface import BUS_NAME
 from sendense_restored.daemon.main import EXIT_CONFIG
 from sendense_restored.database_url import SqliteUrl
@@ -133,7 +133,9 @@ def test_the_unit_and_the_configuration_mean_the_same_places() -> None:
     database = defaults.database.url
     assert isinstance(database, SqliteUrl)
     assert values("StateDirectory") == [str(database.path.parent.relative_to("/var/lib"))]
-    assert re.search(rf"^d {defaults.mounts.directory} 0700 ", read(TMPFILES), re.MULTILINE)
+    for directory in (defaults.mounts.directory, nbd_pool.LOCKS):
+        assert re.search(rf"^d {directory} 0700 root root -$", read(TMPFILES), re.MULTILINE)
+    assert str(nbd_pool.LOCKS.parent) in values("ReadWritePaths"), "what is in their place could not be moved aside"
 
 
 TMPFILES = "systemd/tmpfiles.d/sendense-restore.conf"

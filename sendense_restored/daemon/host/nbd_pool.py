@@ -20,6 +20,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,7 +30,7 @@ from sendense_restored import errors
 from .resources import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from .threads import Threads
     from .udev import BlockEvents
@@ -41,7 +42,8 @@ SECTOR: Final = 512
 _DETACH = 2.0
 """Seconds that the kernel, and whoever looks at a device for a moment (udev), have to let it go."""
 _PATIENCE = 60.0
-_NAME = "sendense-restore-nbd"
+LOCKS: Final = Path("/run/lock/sendense-restore")
+"""The directory with a lock file, ``nbdN``, for each device."""
 
 
 def open_node(path: Path, device: tuple[int, int], flags: int) -> int:
@@ -166,7 +168,7 @@ class Pool:
         sys: Path = Path("/sys"),
         dev: Path = Path("/dev"),
         proc: Path = Path("/proc"),
-        locks: Path = Path("/run/lock"),
+        locks: Path = LOCKS,
     ) -> None:
         self.sys, self.dev, self.proc, self.events, self.threads = sys, dev, proc, events, threads
         self._locks = locks
@@ -202,6 +204,7 @@ class Pool:
                 device.unlock()
                 continue
             found.append(device)
+            self._told.pop(number, None)
         if len(found) < count:
             for device in found:
                 device.unlock()
@@ -213,19 +216,18 @@ class Pool:
         directory = self.sys / "block" / f"nbd{number}"
         pid = _number(directory / "pid")
         if pid is None and _number(directory / "size") == 0:
-            self._told.pop(number, None)
             return True
         self._tell(number, f"somebody else uses it (process {pid})" if pid else "it has a size and no process")
         return False
 
     def _tell(self, number: int, why: str) -> None:
-        """Log it once, not at every look."""
+        """Log it once, not at every look, until the device could be taken again."""
         if self._told.get(number) != why:
             self._told[number] = why
             log.warning("not using nbd%d: %s", number, why)
 
     def _try_lock(self, number: int) -> int | None:
-        path = self._locks / f"{_NAME}{number}"
+        path = self._locks / f"nbd{number}"
         try:
             lock = _open_lock(path)
             try:
@@ -237,7 +239,7 @@ class Pool:
             self._tell(number, f"another program holds {path}")
             return None
         except OSError as error:
-            self._tell(number, f"{path}: {error.strerror}")
+            self._tell(number, f"{error.filename or path}: {error.strerror}")
             return None
         return lock
 
@@ -295,24 +297,32 @@ class Pool:
 def _open_lock(path: Path) -> int:
     """The lock file, made if it is missing. Raises OSError.
 
-    Everybody may make files in that directory. What is not root's is no lock of ours: it is taken away, or anybody
-    could keep us from all devices.
+    Everybody may make things in /run/lock, so the locks lie in a directory there that nobody but root enters: who can
+    open a lock can hold it. tmpfiles.d makes it at boot, before there are users. Where that came late (the package
+    was installed, or somebody has cleared /run/lock), what a user has put in its place is moved aside. And as
+    systemd-tmpfiles takes such a directory over with all that is in it, the locks are looked at as well.
     """
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for _ in range(3):
-        with contextlib.suppress(FileNotFoundError):
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                path.unlink()
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            # A link, or a file that is somebody's in a sticky directory (fs.protected_regular): made meanwhile.
-            if error.errno not in {errno.ELOOP, errno.EACCES, errno.ENXIO}:
-                raise
-            continue
-        status = os.fstat(lock)
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1:
-            return lock
-        os.close(lock)
-    raise OSError(errno.EPERM, "somebody else's file is in its place", str(path))
+    directory = path.parent
+    if not _is_there(directory, stat.S_ISDIR):
+        directory.mkdir(mode=0o700, parents=True)  # fails if somebody was faster; the next mount tries again
+    elif stat.S_IMODE(directory.stat().st_mode) & 0o077:
+        directory.chmod(0o700)
+    _is_there(path, stat.S_ISREG)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+
+
+def _is_there(path: Path, is_right: Callable[[int], bool]) -> bool:
+    """Whether it is, and is ours and of the right kind; anything else is moved aside. Raises OSError.
+
+    Never removed: somebody may heed it. The owner of a sticky directory may rename in it without CAP_FOWNER.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    if is_right(status.st_mode) and status.st_uid == os.geteuid():
+        return True
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    path.rename(aside)
+    log.warning("%s was not ours: it is %s now", path, aside.name)
+    return False
