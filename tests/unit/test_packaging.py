@@ -175,10 +175,43 @@ def test_who_is_given_rights_by_the_rule_of_polkit_is_made_by_the_package() -> N
         assert f"m {user} sendense-restore\n" in users
 
 
+STATE = "/var/lib/sendense-restore"
+
+
+def purge(root: Path, *, rm: str = "") -> subprocess.CompletedProcess[str]:
+    """Run what the package does then, with all its directories below ``root``, and perhaps another ``rm``."""
+    text = re.sub(r"(?<![\w./])/(?=(?:var|run|mnt)/)", f"{root}/", read("debian/sendense-restored.postrm"))
+    command = ["sh", "-c", f"{rm}\n{text}", "postrm", "purge"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_purge_takes_the_records_away_and_no_locks(tmp_path: Path) -> None:
+    """Somebody may hold one; and where its directory is missing, anybody can make another."""
+    state, lock = tmp_path / STATE[1:], tmp_path / "run/lock/sendense-restore/nbd0"
+    for directory in (state / "overlays", lock, tmp_path / "mnt/sendense/restore"):
+        directory.mkdir(parents=True)
+    done = purge(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not state.exists()
+    assert not (tmp_path / "mnt/sendense").exists()
+    assert lock.exists()
+
+
+def test_a_purge_that_has_to_leave_something_says_so_and_does_not_fail(tmp_path: Path) -> None:
+    """As after rm has met a file system that somebody mounted there."""
+    state = tmp_path / STATE[1:]
+    (state / "overlays").mkdir(parents=True)
+    done = purge(tmp_path, rm="rm() { echo skipping >&2; return 1; }")
+    assert (done.returncode, done.stdout) == (0, "")
+    (said,) = done.stderr.splitlines()
+    assert str(state) in said
+    assert said.endswith(": overlays")
+
+
 def test_purging_takes_away_what_the_service_had() -> None:
     postrm = read("debian/sendense-restored.postrm")
     defaults = config.Config()
-    for path in ("/var/lib/sendense-restore", str(defaults.paths.runtime), str(defaults.mounts.directory)):
+    for path in (STATE, str(defaults.paths.runtime), str(defaults.mounts.directory)):
         assert path in postrm
 
 

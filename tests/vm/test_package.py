@@ -33,11 +33,15 @@ pytestmark = pytest.mark.long  # until it has been seen green on both releases, 
 PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
 RUNTIME = Path("/run/sendense-restore")
+STATE = Path("/var/lib/sendense-restore")
+LOCKS = Path("/run/lock/sendense-restore")
 MOST_EXPOSURE = 3.8
 
 
-def apt(*arguments: str) -> None:
-    run("/usr/bin/env", "DEBIAN_FRONTEND=noninteractive", "/usr/bin/apt-get", "-q", "-y", *arguments)
+def apt(*arguments: str) -> str:
+    """What it and the packages say."""
+    done = run("/usr/bin/env", "DEBIAN_FRONTEND=noninteractive", "/usr/bin/apt-get", "-q", "-y", *arguments)
+    return done.stdout + done.stderr
 
 
 def test_installing_has_started_it() -> None:
@@ -124,20 +128,51 @@ def test_a_reload_takes_the_configuration_over() -> None:
     assert main_pid() == pid
 
 
-def test_purging_leaves_nothing_but_the_users(appliance: Appliance) -> None:
-    appliance.mount()
-    apt("purge", "sendense-restored", "sendense-restore")
+def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> None:
+    """A disk that is mounted below the state directory, and what somebody has put in the place of the locks."""
+    theirs = STATE / "overlays/theirs"
+    theirs.parent.mkdir()
+    run("/usr/bin/mount", "-t", "tmpfs", "theirs", theirs.parent)
     try:
+        theirs.touch()
+        appliance.mount()
+        run("/usr/bin/rm", "-r", LOCKS)
+        run("/usr/bin/mkdir", "-p", LOCKS / "nbd0", user=STRANGER)
+        said = apt("purge", "sendense-restored", "sendense-restore")
         left = [
             path
             for directory in ("/etc", "/mnt", "/run", "/usr", "/var/lib")
             for path in output("/usr/bin/find", directory, "-xdev", "-iname", "*sendense*").splitlines()
             if not path.startswith("/var/lib/sendense-tests") and "sendense-tests" not in Path(path).name
         ]
-        assert left == []
+        # Locks stay until the machine starts anew, wherever /run/lock is mounted.
+        assert [path for path in left if not Path(path).is_relative_to(LOCKS)] == [str(STATE)]
+        assert f"{STATE} stays" in said
+        assert list(STATE.iterdir()) == [theirs.parent]
+        assert theirs.exists()
+        assert (LOCKS / "nbd0").owner() == STRANGER
         assert run("/usr/bin/getent", "passwd", "sendense-oma").returncode == 0
         assert output(SYSTEMCTL, "--failed", "--no-legend", "--plain") == ""
     finally:
+        run("/usr/bin/umount", theirs.parent)
+        theirs.parent.rmdir()
         apt("install", *PACKAGES)
         known = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")
         restore("catalog", "scan", known["repository_id"], user="root")
+
+
+async def test_locks_that_a_user_has_made_keep_nobody_from_a_device(appliance: Appliance) -> None:
+    """Before the packages came, or after somebody has cleared /run/lock."""
+    run("/usr/bin/rm", "-r", LOCKS)
+    run("/usr/bin/mkdir", "-p", LOCKS / "nbd0", user=STRANGER)
+    try:
+        async with await Client.connect() as client:
+            mount = await client.mount(appliance.backups[-1])
+            assert (LOCKS / "nbd0").is_file()
+            await client.unmount(mount)
+        assert (LOCKS.owner(), LOCKS.stat().st_mode & 0o777) == ("root", 0o700)
+        (aside,) = LOCKS.parent.glob(f"{LOCKS.name}.*")
+        assert aside.owner() == STRANGER
+    finally:
+        for path in LOCKS.parent.glob(f"{LOCKS.name}.*"):
+            run("/usr/bin/rm", "-r", path)
