@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SECONDS = 240.0
 """Without any event; only so that a failing test ends."""
-LOCKS = Path("/run/lock")
+LOCKS = Path("/run/lock/sendense-restore")
 
 
 class Watch:
@@ -212,7 +212,7 @@ def assert_at_rest() -> None:
     What was held abroad is freed a moment after it was let go of; that moment is waited for.
     """
     assert leftovers.left_in_time({}, _nbd_in_use) == []
-    for lock in LOCKS.glob("sendense-restore-nbd*"):
+    for lock in LOCKS.glob("nbd*"):
         run("/usr/bin/flock", "--timeout", "60", lock, "/bin/true")
     daemon = main_pid()
     assert sorted(command.split("\0")[0] for pid, command in processes().items() if pid != daemon) == ["cat"]
