@@ -16,8 +16,9 @@ from sendense_restored import config, errors
 from sendense_restored.daemon.host import attach, nbd, served
 from sendense_restored.daemon.host import image as images
 from sendense_restored.daemon.host.attach import Attacher
-from sendense_restored.daemon.host.nbd import DevicesGoneError, NbdAttachment, _listen, _server_answers
+from sendense_restored.daemon.host.nbd import DevicesGoneError, NbdAttachment
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
+from sendense_restored.daemon.host.nbd_socket import greets, listen
 from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.uids import Uids
 from tests.nbd import FakeEvents, Sysfs
@@ -156,7 +157,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(served.Served, "_make_overlay", overlay)
     monkeypatch.setattr(images, "blockdev", lambda _: {})
     monkeypatch.setattr(images, "changed", lambda _: False)
-    monkeypatch.setattr(nbd, "_server_answers", answers)
+    monkeypatch.setattr(nbd, "greets", answers)
     monkeypatch.setattr(NbdAttachment, "_make_node", lambda *_: None)
     monkeypatch.setattr(NbdDevice, "settle", lambda _: None)
     monkeypatch.setattr(os, "chown", lambda *_, **__: None)
@@ -386,7 +387,7 @@ async def test_what_the_server_refuses_is_known_before_a_device_is_touched(
         host.children[0].end(1, said)
         return False
 
-    monkeypatch.setattr(nbd, "_server_answers", ended)
+    monkeypatch.setattr(nbd, "greets", ended)
     with pytest.raises(kind):
         await opened(host, pool, workplace)
     assert host.devices == []
@@ -467,7 +468,7 @@ async def test_a_cancelled_start_leaves_nothing(host: Host, pool: Pool, workplac
 @contextmanager
 def door(directory: Path) -> Iterator[tuple[socket.socket, int]]:
     handle = os.open(directory, os.O_PATH)
-    listening, through = _listen(handle, "server-0")
+    listening, through = listen(handle, "server-0")
     os.close(handle)
     try:
         yield listening, through
@@ -479,7 +480,7 @@ def door(directory: Path) -> Iterator[tuple[socket.socket, int]]:
 async def test_the_socket_has_no_name_and_is_reached_through_its_descriptor(tmp_path: Path) -> None:
     with door(tmp_path) as (listening, through):
         assert list(tmp_path.iterdir()) == []
-        answering = asyncio.create_task(_server_answers(through))
+        answering = asyncio.create_task(greets(through))
         await asyncio.sleep(0)  # one turn, in which it connects
         connection, _ = listening.accept()
         with connection:
@@ -491,7 +492,7 @@ async def test_the_socket_has_no_name_and_is_reached_through_its_descriptor(tmp_
 @pytest.mark.parametrize("greeting", [b"", b"NBDMAGIC", b"something else altogether"])
 async def test_a_server_that_does_not_greet_has_not_started(tmp_path: Path, greeting: bytes) -> None:
     with door(tmp_path) as (listening, through):
-        answering = asyncio.create_task(_server_answers(through))
+        answering = asyncio.create_task(greets(through))
         await asyncio.sleep(0)  # one turn, in which it connects
         connection, _ = listening.accept()
         with connection:
@@ -501,7 +502,7 @@ async def test_a_server_that_does_not_greet_has_not_started(tmp_path: Path, gree
 
 async def test_a_server_that_ended_before_it_took_the_connection_is_noticed_at_once(tmp_path: Path) -> None:
     with door(tmp_path) as (listening, through):
-        answering = asyncio.create_task(_server_answers(through))
+        answering = asyncio.create_task(greets(through))
         await asyncio.sleep(0)  # one turn, in which it connects
         listening.close()
         async with asyncio.timeout(20):

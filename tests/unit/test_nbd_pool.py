@@ -14,7 +14,8 @@ import pytest
 
 from sendense_restored import errors
 from sendense_restored.daemon.host import nbd_pool
-from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool, numbers_of, open_node
+from sendense_restored.daemon.host.nbd_node import numbers_of, open_node
+from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.threads import Threads
 from tests.nbd import FakeEvents, Sysfs
 
@@ -80,14 +81,14 @@ async def test_all_or_none(pool: Pool) -> None:
 
 async def test_what_the_module_says_is_read_once(sysfs: Sysfs, events: FakeEvents) -> None:
     pool = made(sysfs, events)
-    assert (pool.nbds_max, pool.max_part) == (4, 31)
+    assert pool.max_part == 31
     sysfs.parameter("max_part", 0)
     assert pool.max_part == 31
 
 
 async def test_without_the_module_there_is_nothing(tmp_path: Path, events: FakeEvents) -> None:
     pool = made(Sysfs(tmp_path, devices=0, max_part=None), events)
-    assert (pool.nbds_max, pool.max_part, pool.numbers, pool.states()) == (0, 0, [], [])
+    assert (pool.max_part, pool.numbers, pool.states()) == (0, [], [])
     assert pool.take(1, "m") is None
 
 

@@ -25,7 +25,8 @@ from sendense_restored.daemon.host.attach import OPTIONAL_TOOLS, REQUIRED_TOOLS,
 from sendense_restored.daemon.host.leftovers import SOURCE
 from sendense_restored.daemon.host.loop import LoopDevice
 from sendense_restored.daemon.host.machine import Machine
-from sendense_restored.daemon.host.nbd import NbdAttachment, NbdNode
+from sendense_restored.daemon.host.nbd import NbdAttachment
+from sendense_restored.daemon.host.nbd_node import NbdNode
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.process import Tools
 from sendense_restored.daemon.host.threads import Threads

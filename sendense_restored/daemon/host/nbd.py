@@ -25,22 +25,19 @@ in a thread here and not left to chance; an open that came back has made the nod
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import json
 import logging
 import math
 import os
-import socket
 import stat
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sendense_restored import errors
 
-from .loop import BLKROSET, LoopDevice
-from .nbd_pool import SECTOR, numbers_of, open_node
+from .loop import LoopDevice
+from .nbd_node import NbdNode, numbers_of, open_node
+from .nbd_socket import greets, listen
 from .process import Jail
 from .served import SERVER_MEMORY, Served, refusal
 
@@ -63,7 +60,6 @@ log = logging.getLogger(__name__)
 TOOLS: Final = {"qemu-nbd": "qemu-utils", "nbd-client": "nbd-client"}
 
 _EXPORT = "disk"
-_GREETING = b"NBDMAGICIHAVEOPT"  # docs/interop/nbd, doc/proto.md of NBD: newstyle
 # A full overlay on a disk is an error (EFBIG) to QEMU and not its end.
 _SERVE = "trap '' XFSZ; exec \"$@\""
 _TAKEN = 75
@@ -151,7 +147,7 @@ class NbdAttachment(Served):
             processes=_SERVER_THREADS,
             file_size=workplace.overlay_limit,
         )
-        listening, door = _listen(directory, name)
+        listening, door = listen(directory, name)
         try:
             with listening:
                 self._server = await self._tools.spawn_listening(
@@ -164,7 +160,7 @@ class NbdAttachment(Served):
             # From here on only the server has the socket: if it ends, so do those who wait there.
             try:
                 async with asyncio.timeout(self._config.attach.timeout):
-                    ready = await _server_answers(door)
+                    ready = await greets(door)
             except TimeoutError:
                 raise errors.Timeout("the image server did not start in time; try again") from None
             if not ready:
@@ -301,119 +297,7 @@ async def _first(wanted: Awaitable[bool], *ends: Awaitable[object]) -> bool:
         await asyncio.wait({waiting, *others})
 
 
-def _listen(directory: int, name: str) -> tuple[socket.socket, int]:
-    """A listening socket without a name, and the descriptor (O_PATH) that one connects through who has it."""
-    path = f"/proc/self/fd/{directory}/{name}"  # short, wherever the directory lies: sun_path has 108 bytes
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listening.bind(path)
-        door = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.unlink(path)  # noqa: PTH108 - as the line that opened it
-            # Whoever has the descriptor may connect, whatever the uid: the daemon itself does, and root that may not
-            # override permissions (the unit's capabilities) is one user among others.
-            os.chmod(f"/proc/self/fd/{door}", 0o666)  # noqa: PTH101, S103
-            listening.listen(2)
-        except BaseException:
-            os.close(door)
-            raise
-    except BaseException:
-        listening.close()
-        raise
-    return listening, door
-
-
-async def _server_answers(door: int) -> bool:
-    """Whether QEMU greets, which it does when it has opened everything; False if it has ended instead."""
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-        try:
-            await loop.sock_connect(connection, f"/proc/self/fd/{door}")
-            received = b""
-            while len(received) < len(_GREETING):
-                chunk = await loop.sock_recv(connection, len(_GREETING) - len(received))
-                if not chunk:
-                    return False
-                received += chunk
-        except ConnectionError:
-            return False
-    return received == _GREETING
-
-
 def _drop(device: BlockDevice) -> None:
     """Let go of a slice that came too late."""
     assert isinstance(device, LoopDevice | NbdNode)
     device.drop()
-
-
-class NbdNode:
-    """A node of the kernel's, for the whole device or for one partition, while one volume uses it.
-
-    The descriptor is held all the time: as long as a partition is open, the kernel does not look for partitions anew
-    and take the node away (bdev_disk_changed).
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        sysfs: Path,
-        descriptor: int,
-        close: Callable[[Callable[[], None]], Awaitable[None]],
-        *,
-        read_only: bool,
-    ) -> None:
-        self.path, self.read_only = path, read_only
-        self._sysfs, self._descriptor, self._close = sysfs, descriptor, close
-
-    @classmethod
-    def open(
-        cls,
-        path: Path,
-        sysfs: Path,
-        where: tuple[int, int] | None,
-        close: Callable[[Callable[[], None]], Awaitable[None]],
-        *,
-        writable: bool,
-    ) -> NbdNode:
-        """``where``: beginning and size in bytes that a partition must have, looked at once it cannot change.
-
-        For a thread. Raises OSError, ValueError.
-        """
-        descriptor = open_node(path, numbers_of(sysfs), os.O_RDONLY)
-        try:
-            if where is not None:
-                there = tuple(int((sysfs / name).read_text(encoding="ascii")) * SECTOR for name in ("start", "size"))
-                if there != where:
-                    raise ValueError(f"it has moved to {there}")
-            fcntl.ioctl(descriptor, BLKROSET, struct.pack("i", not writable))
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(path, sysfs, descriptor, close, read_only=not writable)
-
-    def set_read_only(self, *, refuse: bool) -> None:
-        """See ``BlockDevice``."""
-        fcntl.ioctl(self._descriptor, BLKROSET, struct.pack("i", refuse))
-
-    def sectors_written(self) -> int:
-        """See ``BlockDevice``; field 7 of the stat file."""
-        return int((self._sysfs / "stat").read_text(encoding="ascii").split()[6])
-
-    def drop(self) -> None:
-        """Let go of it, as it was. May be called again; for a thread."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):  # the flag of a whole device is the next user's, who sets it anew
-                fcntl.ioctl(descriptor, BLKROSET, struct.pack("i", 0))
-            os.close(descriptor)
-
-    async def close(self) -> None:
-        """See ``BlockDevice``; it is the device below that others may still hold. Raises errors.Timeout, Failed."""
-        await self._close(self.drop)
-
-    def is_freed(self) -> bool:
-        """See ``BlockDevice``."""
-        return self._descriptor < 0
-
-    async def freed(self) -> None:
-        """See ``BlockDevice``."""

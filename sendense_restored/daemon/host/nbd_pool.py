@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from sendense_restored import errors
 
+from .nbd_node import SECTOR, numbers_of, open_node
 from .resources import Device
 
 if TYPE_CHECKING:
@@ -37,32 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SECTOR: Final = 512
-"""Bytes; sysfs counts in these whatever the device does."""
 _DETACH = 2.0
 """Seconds that the kernel, and whoever looks at a device for a moment (udev), have to let it go."""
 _PATIENCE = 60.0
 LOCKS: Final = Path("/run/lock/sendense-restore")
 """The directory with a lock file, ``nbdN``, for each device."""
-
-
-def open_node(path: Path, device: tuple[int, int], flags: int) -> int:
-    """Open a block special file that is the device of these numbers, nothing else. Raises OSError.
-
-    Blocks as long as the device's server does: for a thread.
-    """
-    node = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    status = os.fstat(node)
-    if not stat.S_ISBLK(status.st_mode) or (os.major(status.st_rdev), os.minor(status.st_rdev)) != device:
-        os.close(node)
-        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(path))
-    return node
-
-
-def numbers_of(directory: Path) -> tuple[int, int]:
-    """The major and minor number of a block device in sysfs. Raises OSError, ValueError."""
-    major, _, minor = (directory / "dev").read_text(encoding="ascii").strip().partition(":")
-    return int(major), int(minor)
 
 
 def _number(file: Path) -> int | None:
@@ -114,9 +93,10 @@ class NbdDevice:
 
     async def freed(self) -> None:
         """Wait, however long that takes, until it is."""
-        while not await self._pool.events.until(lambda: not self._sectors() or self.is_freed(), seconds=None) or (
-            not self.is_freed()
-        ):
+        while not self.is_freed():
+            await self._pool.events.until(lambda: not self._sectors() or self.is_freed(), seconds=None)
+            if self.is_freed():
+                return
             # Its size has gone and its ``pid`` has not: the kernel is about to take that away.
             with contextlib.suppress(OSError, errors.Unavailable):
                 await self._pool.threads.run(self.path.name, self.settle, seconds=None)
@@ -175,7 +155,6 @@ class Pool:
         parameters = sys / "module" / "nbd" / "parameters"
         self.max_part = _number(parameters / "max_part") or 0
         """How many partitions of each the kernel makes nodes for; 0: none, and loops carry all volumes."""
-        self.nbds_max = _number(parameters / "nbds_max") or 0
         """How many the module has made; the kernel may have made more since."""
         self._numbers = tuple(numbers)
         self._taken: dict[int, NbdDevice] = {}
