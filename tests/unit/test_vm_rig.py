@@ -49,7 +49,7 @@ class FakeMachine:
     def message(self, *, silence: float) -> dict[str, Any]:
         assert silence > 0
         if not self.left:
-            raise qemu.HangError("the virtual machine said nothing")
+            raise qemu.MachineError("the virtual machine said nothing")
         return self.left.popleft()
 
     def last_words(self) -> str:

@@ -92,7 +92,7 @@ class Outside:
             elif release not in self._machines:
                 self._begin(release, item)
             yield from _reports_of(self._machines[release], item)
-        except (qemu.HangError, subprocess.CalledProcessError) as error:
+        except (qemu.MachineError, subprocess.CalledProcessError) as error:
             self._end(release)
             self._failures[release] += 1
             yield _report(item, "call", "failed", str(error))
@@ -120,13 +120,13 @@ class Outside:
 
 
 def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pytest.TestReport]:
-    """Those of one test, which is the next that the machine works on. Raises qemu.HangError."""
+    """Those of one test, which is the next that the machine works on. Raises qemu.MachineError."""
     silence = _LONG_TEST if item.get_closest_marker("long") else max(_BOOT, _TEST)
     while True:
         message = machine.message(silence=silence)
         if message.get("test") != item.nodeid:
             if message["event"] in {"report", "end", "done"}:
-                raise qemu.HangError(f"the virtual machine went on to {message}\n{machine.last_words()}")
+                raise qemu.MachineError(f"the virtual machine went on to {message}\n{machine.last_words()}")
             continue
         if message["event"] == "report":
             report = _report(item, message["when"], message["outcome"], message["text"])

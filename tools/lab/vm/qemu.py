@@ -35,7 +35,7 @@ _LAST_WORDS = 6000
 _SECONDS_TO_CONNECT = 30.0
 
 
-class HangError(Exception):
+class MachineError(Exception):
     """The machine ended, or says nothing any more; the message holds the last that its console had."""
 
 
@@ -85,7 +85,7 @@ class VirtualMachine:
         until = time.monotonic() + _SECONDS_TO_CONNECT
         while not path.exists():  # qemu has no other way to say that it listens
             if self._qemu.poll() is not None or time.monotonic() > until:
-                raise HangError(f"qemu did not start: {self._messages.read_text(errors='replace')}")
+                raise MachineError(f"qemu did not start: {self._messages.read_text(errors='replace')}")
             select.select([], [], [], 0.02)
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         channel.connect(os.fspath(path))
@@ -98,14 +98,14 @@ class VirtualMachine:
         self._lines.put(b"")
 
     def message(self, *, silence: float) -> dict[str, Any]:
-        """The next that it tells. Raises HangError if there is none within ``silence`` seconds."""
+        """The next that it tells. Raises MachineError if there is none within ``silence`` seconds."""
         try:
             line = self._lines.get(timeout=silence)
         except queue.Empty:
-            raise HangError(f"the virtual machine said nothing for {silence:.0f} s\n{self.last_words()}") from None
+            raise MachineError(f"the virtual machine said nothing for {silence:.0f} s\n{self.last_words()}") from None
         if not line.endswith(b"\n"):
             self._lines.put(b"")  # nothing more will come
-            raise HangError(f"the virtual machine ended\n{self.last_words()}")
+            raise MachineError(f"the virtual machine ended\n{self.last_words()}")
         return cast("dict[str, Any]", json.loads(line))
 
     def last_words(self) -> str:
