@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from tools.lab.vm import backups, image, inside, outside, project, qemu, runner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 HERE = Path("/tests/vm")
 Messages = list[dict[str, Any]]
@@ -196,6 +198,55 @@ def test_where_no_machine_can_run_tests_are_skipped(rig: Callable[..., Run], mon
     run = rig(("a", "13"), machines=[])
     monkeypatch.setattr(qemu, "can_run", lambda: "needs root")
     assert run.go() == [("a[13]", "skipped")]
+
+
+# --- qemu -----------------------------------------------------------------------------------------------------------
+
+
+FAKE_QEMU = """import os, signal, sys
+(channel,) = (int(each.rpartition("=")[2]) for each in sys.argv if each.startswith("socket,id=tests,fd="))
+"""
+
+
+@pytest.fixture
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], qemu.VirtualMachine]]:
+    """Machines whose qemu is a Python program with the channel's descriptor in its hands."""
+    tools, directory = tmp_path / "tools", tmp_path / "machine"
+    tools.mkdir()
+    directory.mkdir()
+    machines: list[qemu.VirtualMachine] = []
+
+    def program(name: str, text: str) -> None:
+        file = tools / name
+        file.write_text(f"#!{sys.executable}\n{text}\n", encoding="utf-8")
+        file.chmod(0o755)
+
+    def make(text: str) -> qemu.VirtualMachine:
+        program("qemu-system-x86_64", FAKE_QEMU + text)
+        system = image.Image(tmp_path / "disk", tmp_path / "kernel", tmp_path / "initrd")
+        machines.append(qemu.VirtualMachine(system, tmp_path / "project", directory, processors=3))
+        return machines[-1]
+
+    program("qemu-img", "")
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    yield make
+    for machine in machines:
+        machine.close()
+
+
+def test_what_a_machine_tells_is_read_from_its_channel(boot: Callable[[str], qemu.VirtualMachine]) -> None:
+    parts = (b'{"event": "boot"}\n{"event": "do', b'ne"}\n')
+    machine = boot("".join(f"os.write(channel, {part!r})\n" for part in parts) + "signal.pause()")
+    assert [machine.message(silence=60) for _ in range(2)] == [{"event": "boot"}, {"event": "done"}]
+    with pytest.raises(qemu.MachineError, match="said nothing for 0 s"):
+        machine.message(silence=0)
+
+
+def test_a_machine_that_does_not_start_says_why(boot: Callable[[str], qemu.VirtualMachine]) -> None:
+    machine = boot("sys.exit('there is no such accelerator')")
+    for _ in range(2):
+        with pytest.raises(qemu.MachineError, match=r"ended\n.*no such accelerator"):
+            machine.message(silence=60)
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------

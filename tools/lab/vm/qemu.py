@@ -11,13 +11,10 @@ import contextlib
 import json
 import os
 import queue
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import threading
-import time
 from typing import TYPE_CHECKING, Any, cast
 
 from .project import CHECKOUT
@@ -32,25 +29,26 @@ _MEMORY = "2048"
 # Its patience with devices and services is that of a machine of its own; this one shares its processors with others.
 _SYSTEMD = "systemd.show_status=0 systemd.default_device_timeout_sec=600"
 _LAST_WORDS = 6000
-_SECONDS_TO_CONNECT = 30.0
 
 
 class MachineError(Exception):
-    """The machine ended, or says nothing any more; the message holds the last that its console had."""
+    """The machine did not start, ended, or says nothing any more; the message holds the last that its console had."""
 
 
 class VirtualMachine:
     """A machine that runs from its making until ``close``. ``directory`` is its own, and stays."""
 
     def __init__(self, image: Image, project: Path, directory: Path, *, processors: int) -> None:
-        self._console = directory / "console"
+        self._console, self._messages = directory / "console", directory / "qemu"
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        disk, path = directory / "disk.qcow2", directory / "channel"
+        disk = directory / "disk.qcow2"
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image.disk, disk],  # noqa: S607
             check=True,
             stdin=subprocess.DEVNULL,
         )
+        # Nobody has to wait for qemu to listen: it is born with its end, and if it does not start that end closes.
+        self._channel, theirs = socket.socketpair()
         command: list[str | Path] = [
             *("setpriv", "--pdeathsig=KILL", "--", "qemu-system-x86_64", "-nodefaults", "-display", "none"),
             *("-machine", "q35", "-accel", os.environ.get("QEMU_ACCEL", "tcg,thread=multi"), "-cpu", "max"),
@@ -62,34 +60,28 @@ class VirtualMachine:
             *("-device", "virtio-blk-pci,drive=root,serial=root"),
             *("-drive", f"file={project},format=raw,if=none,id=project,readonly=on"),
             *("-device", "virtio-blk-pci,drive=project,serial=project"),
-            *("-device", "virtio-serial-pci", "-chardev", f"socket,id=tests,path={path},server=on,wait=off"),
+            *("-device", "virtio-serial-pci", "-chardev", f"socket,id=tests,fd={theirs.fileno()}"),
             *("-device", f"virtserialport,chardev=tests,name={PORT}"),
             *("-device", "virtio-rng-pci", "-chardev", f"file,id=console,path={self._console}"),
             *("-serial", "chardev:console", "-nic", "none", "-monitor", "none"),
         ]
-        self._messages = directory / "qemu"
-        with self._messages.open("wb") as messages:
-            self._qemu = subprocess.Popen(
-                command, cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, process_group=0
-            )
         try:
-            self._channel = self._connect(path)
+            with theirs, self._messages.open("wb") as messages:
+                self._qemu = subprocess.Popen(
+                    command,
+                    cwd=CHECKOUT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=messages,
+                    stderr=messages,
+                    pass_fds=[theirs.fileno()],
+                    process_group=0,
+                )
         except BaseException:
-            self._kill()
+            self._channel.close()
             raise
         # Whoever waits for another machine meanwhile must not hold this one up.
         self._reading = threading.Thread(target=self._read, name=f"read {directory.name}")
         self._reading.start()
-
-    def _connect(self, path: Path) -> socket.socket:
-        until = time.monotonic() + _SECONDS_TO_CONNECT
-        while not path.exists():  # qemu has no other way to say that it listens
-            if self._qemu.poll() is not None or time.monotonic() > until:
-                raise MachineError(f"qemu did not start: {self._messages.read_text(errors='replace')}")
-            select.select([], [], [], 0.02)
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        channel.connect(os.fspath(path))
-        return channel
 
     def _read(self) -> None:
         with contextlib.suppress(ConnectionError), self._channel.makefile("rb") as lines:
@@ -113,13 +105,10 @@ class VirtualMachine:
         texts = [file.read_text(errors="replace") for file in (self._messages, self._console) if file.exists()]
         return "\n".join(text[-_LAST_WORDS:] for text in texts)
 
-    def _kill(self) -> None:
-        self._qemu.send_signal(signal.SIGKILL)
-        self._qemu.wait()
-
     def close(self) -> None:
         """Switch it off; nothing on its disk is wanted any more."""
-        self._kill()
+        self._qemu.kill()
+        self._qemu.wait()
         self._reading.join()
         self._channel.close()
 
