@@ -47,9 +47,10 @@ class FakeMachine:
     def __init__(self, messages: Messages) -> None:
         self.left = deque(messages)
         self.closed = False
+        self.patience = 0.0
 
     def message(self, *, silence: float) -> dict[str, Any]:
-        assert silence > 0
+        self.patience = silence
         if not self.left:
             raise qemu.MachineError("the virtual machine said nothing")
         return self.left.popleft()
@@ -71,6 +72,8 @@ class Run:
     """Those that are booted, one after the other."""
     agendas: list[project.Agenda] = field(default_factory=list)
     reports: list[pytest.TestReport] = field(default_factory=list)
+    markers: set[str] = field(default_factory=set)
+    """Of each test."""
 
     def __post_init__(self) -> None:
         self.plugin = outside.Outside(HERE)
@@ -90,7 +93,7 @@ class Run:
                 session=session,
                 config=SimpleNamespace(getoption=lambda _: False),
                 ihook=ihook,
-                get_closest_marker=lambda _: None,
+                get_closest_marker=lambda name: name if name in self.markers else None,
             )
             for name, release in self.tests
         ]
@@ -181,6 +184,14 @@ def test_when_no_machine_works_the_rest_fails_at_once(rig: Callable[..., Run]) -
     run = rig(*names, machines=[[], [], []])
     assert run.go() == [(f"{name}[13]", "failed") for name, _ in names]
     assert len(run.agendas) == 3
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_machine_may_be_silent_for_longer_than_its_test_takes(rig: Callable[..., Run], *, long: bool) -> None:
+    run = rig(("a", "13"), machines=[[report("a[13]"), ended("a[13]")]])
+    run.markers |= {"long"} if long else set()
+    run.go()
+    assert run.machines[0].patience > project.seconds_for_a_test(long=long)
 
 
 def test_packages_that_cannot_be_built_fail_the_tests(

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .project import MOUNTED, PORT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -55,15 +57,15 @@ manual_add_modules virtio_pci virtio_blk ext4
 _JOURNAL = "[Journal]\nStorage=persistent\nRateLimitIntervalSec=0\n"
 _INITRAMFS = "MODULES=list\nCOMPRESS=zstd\nFSTYPE=ext4\n"
 
-_UNIT = """[Unit]
+_UNIT = f"""[Unit]
 Description=Tests of sendense-restored
-Requires=dev-virtio\\x2dports-org.sendense.tests.device
-After=multi-user.target dbus.service dev-virtio\\x2dports-org.sendense.tests.device
-RequiresMountsFor=/srv/project
+Requires=dev-virtio\\x2dports-{PORT}.device
+After=multi-user.target dbus.service dev-virtio\\x2dports-{PORT}.device
+RequiresMountsFor={MOUNTED}
 
 [Service]
 ExecStart=/usr/bin/python3 -m tools.lab.vm.runner
-WorkingDirectory=/srv/project
+WorkingDirectory={MOUNTED}
 Environment=PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/root
 StandardOutput=file:/dev/console
 StandardError=inherit
@@ -78,13 +80,13 @@ _MASKED = """
     e2scrub_all.timer e2scrub_reap.service systemd-networkd.service systemd-timesyncd.service dpkg-db-backup.timer
     systemd-firstboot.service mdmonitor.service
 """
-_SETUP = """set -eu
+_SETUP = f"""set -eu
 cd "$1"
 echo restore-test > etc/hostname
 echo '/dev/vda / ext4 defaults,noatime 0 1' > etc/fstab
 # What is tested: the second disk (``project``).
-echo '/dev/disk/by-id/virtio-project /srv/project squashfs ro 0 0' >> etc/fstab
-mkdir -p srv/project
+echo '/dev/disk/by-id/virtio-project {MOUNTED} squashfs ro 0 0' >> etc/fstab
+mkdir -p {MOUNTED.relative_to("/")}
 chroot . passwd -d root >/dev/null
 for unit in $2; do ln -sf /dev/null "etc/systemd/system/$unit"; done
 chroot . systemctl enable sendense-tests.service 2>/dev/null

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from .project import PORT, seconds_for_a_test
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
-PORT: Final = Path("/dev/virtio-ports/org.sendense.tests")
 STATE: Final = Path("/var/lib/sendense-tests")
 """What has to be known after the machine was started anew."""
 RUNNING: Final = STATE / "running"
@@ -28,9 +29,8 @@ REBOOTING: Final = STATE / "rebooting"
 """Exists while a test waits for the start that it asked for."""
 TRACE: Final = STATE / "trace"
 _LEFT: Final = STATE / "left"
+_CHANNEL: Final = Path("/dev/virtio-ports", PORT)
 
-_SECONDS_FOR_A_TEST = 300.0
-_SECONDS_FOR_A_LONG_TEST = 3600.0
 _MOST_OF_A_RECORD = 60_000
 _RECORDERS = {
     "udev": ("udevadm", "monitor", "--kernel", "--udev"),
@@ -40,7 +40,7 @@ _RECORDERS = {
 
 def tell(**message: object) -> None:
     """Send a message to the outer run."""
-    with PORT.open("wb", buffering=0) as port:
+    with _CHANNEL.open("wb", buffering=0) as port:
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[port.write(data) or 0 :]
@@ -117,7 +117,7 @@ class Inside:
         self._begun = time.time()
         for recorder in self._recorders:
             recorder.mark()
-        limit = _SECONDS_FOR_A_LONG_TEST if item.get_closest_marker("long") else _SECONDS_FOR_A_TEST
+        limit = seconds_for_a_test(long=item.get_closest_marker("long") is not None)
         faulthandler.dump_traceback_later(limit, exit=True, file=self._trace)
         yield
         faulthandler.cancel_dump_traceback_later()

@@ -23,11 +23,8 @@ from . import backups, image, project, qemu
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BOOT = 600.0
-"""Seconds of silence after which a machine has hung: while it boots."""
-_TEST = 420.0
-"""While a test runs, which ends by itself before (``inside``)."""
-_LONG_TEST = 3720.0
+_BEYOND_A_TEST = 300.0
+"""Seconds that a machine may be silent for besides its test's own: it boots, or says how a test was ended."""
 _MOST_FAILURES = 3
 
 
@@ -121,7 +118,8 @@ class Outside:
 
 def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pytest.TestReport]:
     """Those of one test, which is the next that the machine works on. Raises qemu.MachineError."""
-    silence = _LONG_TEST if item.get_closest_marker("long") else max(_BOOT, _TEST)
+    long = item.get_closest_marker("long") is not None
+    silence = project.seconds_for_a_test(long=long) + _BEYOND_A_TEST
     while True:
         message = machine.message(silence=silence)
         if message.get("test") != item.nodeid:

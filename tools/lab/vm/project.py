@@ -1,5 +1,7 @@
 """The disk with what is tested: the packages, the tests, and which of them are to run, in this order.
 
+And what both sides have to agree on: where that disk is, what the channel is called, how long a test may take.
+
 Our own modules are not on it: what runs in there is what the packages have installed.
 """
 
@@ -10,10 +12,14 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 AGENDA = "agenda.json"
+MOUNTED: Final = Path("/srv/project")
+"""Where the machine has the disk."""
+PORT: Final = "org.sendense.tests"
+"""The channel on which the machine tells what it does."""
 
 # pytest in there is the release's own, and needs no more than this.
 _PYTEST = """[pytest]
@@ -22,6 +28,11 @@ pythonpath = .
 addopts = -q --strict-markers --import-mode=importlib -p tools.lab.vm.inside -p no:cacheprovider -p no:faulthandler
 """
 _PARTS = ("tests/conftest.py", "tests/vm", "tools/__init__.py", "tools/lab", "README.md", "examples")
+
+
+def seconds_for_a_test(*, long: bool) -> float:
+    """After which it is ended in there; the machine is given more."""
+    return 3600.0 if long else 300.0
 
 
 @dataclass(frozen=True)

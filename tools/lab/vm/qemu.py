@@ -17,14 +17,13 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-from .project import CHECKOUT
+from .project import CHECKOUT, PORT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .image import Image
 
-PORT = "org.sendense.tests"
 _MEMORY = "2048"
 # Its patience with devices and services is that of a machine of its own; this one shares its processors with others.
 _SYSTEMD = "systemd.show_status=0 systemd.default_device_timeout_sec=600"

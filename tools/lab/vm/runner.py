@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from .inside import REBOOTING, RUNNING, STATE, TRACE, done, flight_record, leave, left, tell
-from .project import Agenda
+from .project import MOUNTED, Agenda
 
-_DISK = Path("/srv/project")
 _BEGUN = STATE / "begun"
 _OUTPUT = STATE / "output"
 _LAST_WORDS = 20_000
@@ -23,14 +21,14 @@ _LAST_WORDS = 20_000
 
 def main() -> None:
     """Work off the agenda."""
-    agenda = Agenda.read(_DISK)
+    agenda = Agenda.read(MOUNTED)
     STATE.mkdir(exist_ok=True)
     tell(event="boot", again=_BEGUN.exists())
     if not _BEGUN.exists():
         leave(agenda.tests)
         _BEGUN.touch()
         # As a user does it. Nothing can be fetched: what they depend on is in the image, or this fails.
-        packages = sorted(map(str, (_DISK / "packages").glob("*.deb")))
+        packages = sorted(map(str, (MOUNTED / "packages").glob("*.deb")))
         if status := _run("/usr/bin/apt-get", "install", "-y", *packages):
             for each in left():
                 _fail(each, f"installing the packages failed with {status}\n{_said()}")
@@ -56,7 +54,7 @@ def _run(*command: str) -> int:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with _OUTPUT.open("wb") as output:
         return subprocess.run(
-            command, cwd=_DISK, check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            command, cwd=MOUNTED, check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
         ).returncode
 
 
