@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -162,8 +163,8 @@ def reboot() -> None:
     REBOOTING.touch()
     os.sync()
     subprocess.run(["/usr/bin/systemctl", "--no-block", "reboot"], check=True, stdin=subprocess.DEVNULL)
-    while True:
-        time.sleep(60)  # until the machine goes down
+    while True:  # a pause ends with any signal that has a handler; the machine going down ends this process
+        signal.pause()
 
 
 @pytest.hookimpl(trylast=True)
