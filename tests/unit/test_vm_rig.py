@@ -260,6 +260,31 @@ def test_a_machine_that_does_not_start_says_why(boot: Callable[[str], qemu.Virtu
             machine.message(silence=60)
 
 
+# --- what it boots --------------------------------------------------------------------------------------------------
+
+
+def test_what_an_image_is_built_for_removes_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older images of that release, and what is left of a build that was killed."""
+
+    def build(_: str, work: Path) -> None:
+        (work / "image").mkdir()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(image, "_build", build)
+    cache = tmp_path / "sendense-restored/vm"
+    for name in ("debian-13-older", "making-13-killed/root", "debian-12-older", "making-12-at-it/root"):
+        (cache / name).mkdir(parents=True)
+    made = image.get("13").disk.parent
+    found = {each.name for each in cache.iterdir() if each.is_dir()}
+    assert found == {made.name, "debian-12-older", "making-12-at-it"}
+
+
+def test_a_part_that_is_missing_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project, "_PARTS", ("README.md", "no-such-part"))
+    with pytest.raises(FileNotFoundError, match="no-such-part"):
+        project.make_disk(tmp_path / "disk", tmp_path, tmp_path, project.Agenda("13", (), long=False))
+
+
 # --- inside ---------------------------------------------------------------------------------------------------------
 
 

@@ -125,7 +125,8 @@ def get(release: str) -> Image:
     directory = cache / name
     with _only_one(cache / f"debian-{release}.lock"):
         if not directory.exists():
-            for old in cache.glob(f"debian-{release}-*"):
+            # Images of other recipes, and what a build has left that was killed.
+            for old in (*cache.glob(f"debian-{release}-*"), *cache.glob(f"making-{release}-*")):
                 shutil.rmtree(old)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"making-{release}-") as making:
                 _build(release, Path(making))

@@ -68,7 +68,7 @@ def make_disk(disk: Path, packages: Path, backups: Path, agenda: Agenda) -> None
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
+        else:
             shutil.copy(source, target)
     shutil.copytree(packages, stage / "packages")
     shutil.copytree(backups, stage / "backups")
