@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vm.appliance import Appliance, call, census, mount_object, mounts, set_up
+from tests.vm.watching import assert_at_rest, let_go
 from tools.lab import leftovers
 from tools.lab.vm.image import SUITES
 
@@ -49,3 +50,20 @@ def nothing_left_on_the_machine(debian: str) -> Iterator[None]:  # noqa: ARG001 
         call(mount_object(mount), "Unmount", "a{sv}", "1", "force", "b", "true")
     if left := leftovers.left_in_time(before, census):
         pytest.fail("left on the machine: " + ", ".join(left))
+
+
+@pytest.fixture
+def at_rest(nothing_left_on_the_machine: None) -> Iterator[None]:
+    """The test takes its mounts down itself, and nothing of them is left when it ends."""
+    del nothing_left_on_the_machine
+    yield
+    assert_at_rest()
+
+
+@pytest.fixture
+def held(nothing_left_on_the_machine: None) -> Iterator[list[int]]:
+    """Descriptors of guest files that a test holds, at most to its end: a device drains as long as one is open."""
+    del nothing_left_on_the_machine
+    descriptors: list[int] = []
+    yield descriptors
+    let_go(descriptors)

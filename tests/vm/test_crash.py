@@ -19,8 +19,8 @@ import pytest
 
 from sendense_restored import errors
 from sendense_restored.client import Client
-from tests.vm.appliance import BUS_NAME, SERVICE, journal_since, main_pid, restore, run, unit
-from tests.vm.watching import Watch, Wished, assert_at_rest, descriptors, ended, let_go, nbd_disks, wished
+from tests.vm.appliance import SERVICE, journal_since, main_pid, run, unit
+from tests.vm.watching import Watch, Wished, descriptors, ended, let_go, nbd_disks, wished
 from tools.lab import leftovers
 
 if TYPE_CHECKING:
@@ -47,21 +47,9 @@ async def watch() -> AsyncIterator[Watch]:
         yield watch
 
 
-@pytest.fixture
-def held(nothing_left_on_the_machine: None) -> Iterator[list[int]]:
-    """Descriptors of guest files that a test holds, at most to its end: a device drains as long as one is open."""
-    del nothing_left_on_the_machine
-    descriptors: list[int] = []
-    yield descriptors
-    let_go(descriptors)
-
-
 @pytest.fixture(autouse=True)
-def at_rest(nothing_left_on_the_machine: None) -> Iterator[None]:
-    """Each test takes its mounts down itself, and sees that nothing of them is left."""
-    del nothing_left_on_the_machine
-    yield
-    assert_at_rest()
+def all_at_rest(at_rest: None) -> None:
+    """Each test of this module."""
 
 
 async def unmount_all(client: Client) -> None:
@@ -253,16 +241,3 @@ async def test_it_ends_with_the_message_bus_and_comes_back(
         assert restarts() == count + 1
         before.check(Wished.of(await later.states(anew, [mount], "mounted")))
         await unmount_all(anew)
-
-
-async def test_a_polkit_that_has_died_is_asked_again(appliance: Appliance, client: Client) -> None:
-    mount = appliance.mount(0)
-    os.kill(int(unit("polkit.service", "MainPID")), signal.SIGKILL)
-    assert [each["mount_id"] for each in restore("mounts")] == [mount]
-    run("/usr/bin/systemctl", "restart", "polkit.service")
-    assert "partition-1" in [each["name"] for each in restore("volumes", mount)]
-    await unmount_all(client)
-
-
-def test_the_name_is_the_one_that_is_watched() -> None:
-    assert unit(SERVICE, "BusName") == BUS_NAME

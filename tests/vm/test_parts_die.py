@@ -15,10 +15,10 @@ import pytest
 
 from sendense_restored import errors
 from sendense_restored.client import Client
-from tests.vm.watching import Watch, assert_at_rest, ended, let_go, nbd_disks, pid_of
+from tests.vm.watching import Watch, ended, let_go, nbd_disks, pid_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from tests.vm.appliance import Appliance
 
@@ -28,20 +28,9 @@ PARTS = ("server", "client", "reader")
 HOSTNAME, LARGE = "/partition-1/etc/hostname", "/partition-1/srv/large.bin"
 
 
-@pytest.fixture
-def held(nothing_left_on_the_machine: None) -> Iterator[list[int]]:
-    """Descriptors of guest files that a test holds, at most to its end: a device drains as long as one is open."""
-    del nothing_left_on_the_machine
-    descriptors: list[int] = []
-    yield descriptors
-    let_go(descriptors)
-
-
 @pytest.fixture(autouse=True)
-def at_rest(nothing_left_on_the_machine: None) -> Iterator[None]:
-    del nothing_left_on_the_machine
-    yield
-    assert_at_rest()
+def all_at_rest(at_rest: None) -> None:
+    """Each test of this module."""
 
 
 class Two:

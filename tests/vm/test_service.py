@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tests.vm.appliance import MEMBER, STRANGER, Appliance, output, restore, run
+from tests.vm.appliance import MEMBER, Appliance, output, restore, run
 
 
 def test_a_member_restores_a_file(appliance: Appliance) -> None:
@@ -27,8 +27,3 @@ def test_every_file_of_every_file_system(appliance: Appliance) -> None:
             assert hashlib.file_digest(restored, "sha256").hexdigest() == file.sha256
         run("/bin/rm", where)
     assert appliance.chain.unchanged()
-
-
-def test_a_stranger_is_refused(appliance: Appliance) -> None:
-    done = run("/usr/bin/sendense-restore", "mount", appliance.backups[-1], user=STRANGER, check=False)
-    assert done.returncode == 3, done.stderr
