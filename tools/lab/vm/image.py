@@ -157,8 +157,12 @@ def _build(release: str, work: Path) -> None:
     setup = work / "setup"
     setup.write_text(_SETUP, encoding="utf-8")
     image.mkdir()
+    # If this process is killed, so are mmdebstrap and all that it runs, and what it has mounted in the tree goes with
+    # them: whoever removes the tree later must not find the host's /dev/shm in it.
     command = [
-        *("mmdebstrap", "--variant=minbase", "--mode=root", f"--include={','.join(packages(release))}"),
+        *("setpriv", "--pdeathsig=KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"),
+        *("--mount-proc", "--", "mmdebstrap", "--variant=minbase", "--mode=root"),
+        f"--include={','.join(packages(release))}",
         f"--essential-hook=cp -r {files}/. $1/",
         f"--customize-hook=sh {setup} $1 '{' '.join(_MASKED.split())}'",
         *(SUITES[release], str(root), mirror()),
