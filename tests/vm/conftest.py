@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test for each release; `tools/test vm` chooses Debian 13 where its caller chooses none."""
     chosen = metafunc.config.getoption("--debian") or ",".join(SUITES)
     releases = chosen.split(",")
     if unknown := set(releases) - set(SUITES):

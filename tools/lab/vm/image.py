@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SUITES = {"13": "trixie", "12": "bookworm"}
-"""Debian's releases by number; the first is what is tested when nobody says otherwise."""
+"""Debian's releases by number: all that are tested where nobody chooses some with ``--debian``."""
 
 _DISK_SIZE = "4G"  # sparse
 
