@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from tests.vm.appliance import Appliance
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 LARGE = "/srv/large.bin"
 HOUR = 3600
 JOURNALS = ("replay", "as-crashed")

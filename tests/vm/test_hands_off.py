@@ -19,8 +19,6 @@ from tools.lab import leftovers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 WORK = Path("/var/tmp/hands-off")
 PARTITIONS = {"lvm": 1, "btrfs": 2, "md": 3, "luks": 4, "ext4": 5}
 START, SIZE = 2048, 81920

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
     from sendense_restored.daemon.host.attach import Attachment
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 PLACE = Path("/run/nbd-tests")
 MIB = 1 << 20
 SIZE = 8 * MIB

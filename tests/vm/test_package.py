@@ -28,8 +28,6 @@ from tools.lab.vm import backups
 if TYPE_CHECKING:
     from tests.vm.appliance import Appliance
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
 RUNTIME = Path("/run/sendense-restore")

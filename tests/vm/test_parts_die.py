@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from tests.vm.appliance import Appliance
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 PARTS = ("server", "client", "reader")
 HOSTNAME, LARGE = "/partition-1/etc/hostname", "/partition-1/srv/large.bin"
 

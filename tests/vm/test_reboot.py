@@ -6,16 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from sendense_restored.client import Client
 from tests.vm.watching import Watch, Wished, assert_at_rest
 from tools.lab.vm.inside import STATE, reboot
 
 if TYPE_CHECKING:
     from tests.vm.appliance import Appliance
-
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
 
 BEFORE = STATE / "before-the-reboot"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from tests.vm.appliance import Appliance
 
-pytestmark = pytest.mark.long  # until it has been seen green on both releases, in one run
-
 PACKAGES = Path("/srv/project/packages")
 
 
