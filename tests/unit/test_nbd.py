@@ -97,14 +97,16 @@ class Host:
         return child
 
     async def spawn_listening(
-        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int]
+        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int], label: str
     ) -> FakeChild:
+        assert label == "qemu-nbd"
         assert stat_is_socket(listening)
         assert fds
         return self._child(jail, (name, *arguments))
 
-    async def spawn(self, jail: Jail, name: str, *arguments: str, fds: Sequence[int]) -> FakeChild:
+    async def spawn(self, jail: Jail, name: str, *arguments: str, fds: Sequence[int], label: str) -> FakeChild:
         assert fds
+        assert label == "nbd-client"
         child = self._child(jail, (name, *arguments))
         number = int(arguments[-1].rpartition("nbd")[2])
         self.client.pop(0)(child, number)

@@ -159,6 +159,7 @@ def test_the_rules_are_for_the_paths_and_devices_of_the_configuration() -> None:
     assert f'ATTR{{loop/backing_file}}=="{config.Config().paths.runtime}/*"' in rules
     devices = config.Config().attach.nbd_devices
     assert f'KERNEL=="nbd[{min(devices)}-{max(devices)}]|nbd[{min(devices)}-{max(devices)}]p*"' in rules
+    assert f'ATTR{{loop/backing_file}}=="/dev/nbd[{min(devices)}-{max(devices)}]"' in rules
 
 
 def test_the_rules_are_read_between_those_they_rest_on_and_those_they_stop() -> None:

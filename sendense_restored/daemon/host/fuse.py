@@ -112,6 +112,7 @@ class FuseAttachment(Served):
                     # Last, so that the monitor talks only after the export stands.
                     *("--chardev", f"socket,id=monitor,fd={number}", "--monitor", "chardev=monitor"),
                     fds=(number, *fds),
+                    label="qemu-storage-daemon",
                 )
             try:
                 async with asyncio.timeout(self._config.attach.timeout):

@@ -156,6 +156,7 @@ class NbdAttachment(Served):
                     *("--persistent", "--shared=1", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
                     listening=listening.fileno(),
                     fds=fds,
+                    label="qemu-nbd",
                 )
             # From here on only the server has the socket: if it ends, so do those who wait there.
             try:
@@ -198,6 +199,7 @@ class NbdAttachment(Served):
             *("-nonetlink", "-nofork", "-timeout", str(math.ceil(seconds)), "-N", _EXPORT),
             *("-unix", f"/proc/self/fd/{door}", f"/proc/self/fd/{directory}/{device.path.name}"),
             fds=(door, directory),
+            label="nbd-client",
         )
         ready = self._events.until(lambda: device.is_served_by(client.pid, self.size), seconds=seconds)
         if await _first(ready, client.wait(), self._server.wait()):

@@ -220,20 +220,25 @@ class Tools:
         fds: Sequence[int] = (),
         capture: bool = False,
         environment: Mapping[str, str] | None = None,
+        label: str = "",
     ) -> Child:
-        """Start a program; whoever calls this owns it and must ``close`` it. Raises OSError."""
+        """Start a program; whoever calls this owns it and must ``close`` it. Raises OSError.
+
+        ``label`` is what the journal calls it, where a shell starts what is meant.
+        """
         if self.held >= 0 and not jail.own_mounts:
             fds = (*fds, self.held)
-        return await _spawn(self.argv(jail, name, *arguments), name, fds, capture=capture, environment=environment)
+        argv = self.argv(jail, name, *arguments)
+        return await _spawn(argv, label or name, fds, capture=capture, environment=environment)
 
     async def spawn_listening(
-        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int] = ()
+        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int] = (), label: str = ""
     ) -> Child:
         """The same for a server that serves a socket which listens already (sd_listen_fds(3), LISTEN_FDS)."""
         if _ACTIVATED_NUMBER in fds or not jail.own_mounts:
             raise ValueError("descriptor 3 will be the socket, and a server has mounts of its own")
         argv = self.argv(jail, "sh", "-euc", _ACTIVATED, "sh", self.paths[name], *arguments)
-        return await _spawn(argv, name, fds, capture=False, environment=None, stdin=listening)
+        return await _spawn(argv, label or name, fds, capture=False, environment=None, stdin=listening)
 
     async def spawn_keeper(self, name: str, *arguments: str, stdin: int) -> Child:
         """Start the one program that outlives the daemon for a moment (``keeper``): no parent-death signal."""
