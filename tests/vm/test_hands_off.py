@@ -275,7 +275,7 @@ def test_arrays_of_md_that_are_ours_have_no_links(disk: Path) -> None:
             let_go()
             names = WORK / "mdadm.conf"
             names.write_text("CREATE names=yes\n", encoding="ascii")  # the node is /dev/md_NAME, not /dev/md127
-            run("mdadm", f"--config={names}", "--assemble", "--run", "/dev/md/sndrst_0", device)
+            run("mdadm", "--assemble", f"--config={names}", "--run", "/dev/md/sndrst_0", device)
             settle()
             assert properties("/dev/md_sndrst_0") >= FLAGS
             assert links_to("/dev/md_sndrst_0") == []
