@@ -168,6 +168,7 @@ async def test_a_file_system_is_mounted_again_while_it_still_drains(
 # --- stopped --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_restarted_in_good_order(appliance: Appliance, client: Client, watch: Watch) -> None:
     mounts = [
         await client.mount(appliance.backups[0], idle_timeout=HOUR, on_behalf_of="eve"),
@@ -197,6 +198,7 @@ def drop_in(text: str) -> Iterator[None]:
         run("/usr/bin/systemctl", "restart", SERVICE)
 
 
+@pytest.mark.long
 async def test_one_that_hangs_is_ended_by_the_watchdog(appliance: Appliance, client: Client, watch: Watch) -> None:
     begun = time.time()
     with drop_in("[Service]\nWatchdogSec=20\n"):
@@ -211,6 +213,7 @@ async def test_one_that_hangs_is_ended_by_the_watchdog(appliance: Appliance, cli
     assert "Watchdog timeout" in journal_since(begun)
 
 
+@pytest.mark.long
 async def test_one_that_was_stopped_is_started_by_a_call(appliance: Appliance, client: Client, watch: Watch) -> None:
     mount = await client.mount(appliance.backups[0], idle_timeout=HOUR)
     before, owner = await wished(client), watch.owner

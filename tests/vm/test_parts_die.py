@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.vm.appliance import Appliance
 
-PARTS = ("server", "client", "reader")
+PARTS = ("server", *(pytest.param(part, marks=pytest.mark.long) for part in ("client", "reader")))
 HOSTNAME, LARGE = "/partition-1/etc/hostname", "/partition-1/srv/large.bin"
 
 
@@ -79,7 +79,13 @@ async def two(appliance: Appliance) -> AsyncIterator[Two]:
 
 # A client that is stopped has the kernel shut the device's socket down: its ioctl waits, and is interrupted.
 @pytest.mark.parametrize(
-    ("part", "number"), [*((part, signal.SIGKILL) for part in PARTS), ("client", signal.SIGSTOP)]
+    ("part", "number"),
+    [
+        ("server", signal.SIGKILL),
+        pytest.param("client", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("reader", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("client", signal.SIGSTOP, marks=pytest.mark.long),
+    ],
 )
 async def test_one_that_is_killed_fails_its_mount_and_no_other(
     two: Two, held: list[int], part: str, number: signal.Signals
@@ -100,6 +106,7 @@ async def test_one_that_is_killed_fails_its_mount_and_no_other(
     await two.unmounted()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["server", "reader"])
 async def test_one_that_was_stopped_for_a_while_goes_on(two: Two, part: str) -> None:
     pid = two.pid(part)
@@ -132,6 +139,7 @@ async def test_one_that_hangs_does_not_keep_its_mount_from_being_forced(two: Two
     await two.client.unmount(two.other)
 
 
+@pytest.mark.long
 async def test_a_server_that_hangs_is_given_up_and_its_mount_fails(two: Two, held: list[int]) -> None:
     """After attach.timeout; what waited for it gets an error, and can be killed again."""
     held.append((await two.client.open_file(two.victim, LARGE))[0])

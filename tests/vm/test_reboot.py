@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from sendense_restored.client import Client
 from tests.vm.watching import Watch, Wished, assert_at_rest
 from tools.lab.vm.inside import STATE, reboot
@@ -17,6 +19,7 @@ BEFORE = STATE / "before-the-reboot"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+@pytest.mark.long
 async def test_mounts_are_back_after_a_reboot(appliance: Appliance) -> None:
     async with await Client.connect() as client, Watch.open() as watch:
         if not BEFORE.exists():
