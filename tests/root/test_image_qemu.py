@@ -32,7 +32,7 @@ def describe(fd: int) -> qcow2.Header:
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 4 * MIB
-SERVER_UID = 60999
+SERVER_UID = 60900
 AS_SERVER = (
     *("setpriv", f"--reuid={SERVER_UID}", f"--regid={SERVER_UID}", "--clear-groups", "--no-new-privs"),
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),

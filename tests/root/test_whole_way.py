@@ -174,7 +174,7 @@ async def test_no_other_user_reaches_the_files_through_a_process_of_the_service(
     info = await root.mount_info(mount)
     file = f"/proc/{daemon.pid}/root{info.mount_path}/partition-1/etc/hostname"
     assert Path(file).read_bytes() == b"web01\n"
-    for uid in (60998, 60999, 65534, users.member.uid):
+    for uid in (60900, 60998, 65534, users.member.uid):
         inside = ["nsenter", f"--target={daemon.pid}", "--mount", f"--root=/proc/{daemon.pid}/root"]
         argv = [*inside, "setpriv", f"--reuid={uid}", "--clear-groups"]
         done = subprocess.run(  # noqa: ASYNC221 - nothing else to do
