@@ -77,23 +77,12 @@ async def two(appliance: Appliance) -> AsyncIterator[Two]:
     assert appliance.chain.unchanged()
 
 
-# A client that is stopped has the kernel shut the device's socket down: its ioctl waits, and is interrupted.
-@pytest.mark.parametrize(
-    ("part", "number"),
-    [
-        ("server", signal.SIGKILL),
-        pytest.param("client", signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("reader", signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param("client", signal.SIGSTOP, marks=pytest.mark.long),
-    ],
-)
-async def test_one_that_is_killed_fails_its_mount_and_no_other(
-    two: Two, held: list[int], part: str, number: signal.Signals
-) -> None:
+@pytest.mark.parametrize("part", PARTS)
+async def test_one_that_is_killed_fails_its_mount_and_no_other(two: Two, held: list[int], part: str) -> None:
     held.append((await two.client.open_file(two.victim, LARGE))[0])
     pid = two.pid(part)
     pidfd = os.pidfd_open(pid)
-    os.kill(pid, number)
+    os.kill(pid, signal.SIGKILL)
     await ended([pidfd])
     (info,) = await two.watch.states(two.client, [two.victim], "failed")
     assert "ended" in info.error
@@ -124,6 +113,7 @@ async def test_one_that_was_stopped_for_a_while_goes_on(two: Two, part: str) -> 
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_one_that_hangs_does_not_keep_its_mount_from_being_forced(two: Two, held: list[int], part: str) -> None:
+    """A client that is stopped has the kernel shut the device down, whose ioctl it is in; nobody is told of that."""
     held.append((await two.client.open_file(two.victim, LARGE))[0])
     os.kill(two.pid(part), signal.SIGSTOP)
     reading = asyncio.create_task(asyncio.to_thread(os.pread, held[0], 4096, 1 << 20))
