@@ -22,7 +22,7 @@ from tests.vm.appliance import (
     run,
     unit,
 )
-from tests.vm.watching import Watch, logs
+from tests.vm.watching import LOCKS, Watch, logs
 from tools.lab.vm import backups
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
 RUNTIME = Path("/run/sendense-restore")
 STATE = Path("/var/lib/sendense-restore")
-LOCKS = Path("/run/lock/sendense-restore")
 MOST_EXPOSURE = 3.8
 
 

@@ -26,5 +26,5 @@ class Uids:
         return self._free.popleft()
 
     def give_back(self, uid: int) -> None:
-        """Once every process that had it has ended."""
+        """Once the helper that had it has ended."""
         self._free.append(uid)
