@@ -140,7 +140,8 @@ def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> No
             path
             for directory in ("/etc", "/mnt", "/run", "/usr", "/var/lib")
             for path in output("/usr/bin/find", directory, "-xdev", "-iname", "*sendense*").splitlines()
-            if not re.search(r"sendense[-.]tests", path)  # the rig's own
+            # The rig's own, and what LVM remembers of a volume group that an earlier test had.
+            if not re.search(r"sendense[-.]tests|^/run/lvm/", path)
         ]
         # Locks stay until the machine starts anew, wherever /run/lock is mounted.
         assert [path for path in left if not Path(path).is_relative_to(LOCKS)] == [str(STATE)]
