@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sendense_restored import config, errors, linux
+from sendense_restored import config, errors
 from sendense_restored.daemon.host import image
 from sendense_restored.daemon.host.attach import REQUIRED_TOOLS, FuseAttachment, Workplace
 from sendense_restored.daemon.host.process import Jail, Tools
@@ -22,47 +21,16 @@ from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.udev import BlockEvents
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
 SIZE = 8 << 20
+"""Of the disk of ``small_chain``."""
 TOOLS = dict(REQUIRED_TOOLS)
-
-
-@pytest.fixture
-def chain(tmp_path: Path) -> Path:
-    """A full backup with a pattern and an increment that changes its second MiB."""
-    base, top = tmp_path / "full.qcow2", tmp_path / "inc.qcow2"
-    qemu = ["qemu-img", "create", "-q", "-f", "qcow2"]
-    subprocess.run([*qemu, base, str(SIZE)], check=True)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 0x11 0 {SIZE}", base], check=True, capture_output=True)
-    subprocess.run([*qemu, "-b", "full.qcow2", "-F", "qcow2", top], check=True)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 0x22 1M 1M", top], check=True, capture_output=True)
-    return top
 
 
 @pytest.fixture
 def settings() -> config.Config:
     return config.parse({"attach": {"overlay_size": "64MiB", "timeout": "20s"}})
-
-
-@pytest.fixture
-async def events() -> AsyncIterator[BlockEvents]:
-    listening = BlockEvents()
-    yield listening
-    listening.close()
-
-
-@pytest.fixture
-def workplace(tmp_path: Path) -> Iterator[Workplace]:
-    runtime = tmp_path / "runtime"  # a mount of its own, as the daemon makes one
-    runtime.mkdir()
-    linux.mount("runtime", runtime, "tmpfs")
-    place = Workplace(runtime / "mount", 64 << 20)
-    place.make()
-    yield place
-    place.close()
-    assert not place.path.exists()
-    linux.umount(runtime)
 
 
 async def opened_on(
@@ -80,9 +48,9 @@ async def opened_on(
 
 @pytest.fixture
 async def attachment(
-    chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
+    small_chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
 ) -> AsyncIterator[FuseAttachment]:
-    with image.open_chain(chain.parent, chain.name, depth=8) as opened:
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
         attached = await opened_on(settings, events, opened, workplace)
         yield attached
         await attached.close()
@@ -107,9 +75,9 @@ async def test_a_slice_begins_and_ends_where_it_was_told(attachment: FuseAttachm
 
 
 async def test_writes_go_to_the_overlay_and_the_images_stay_as_they_are(
-    attachment: FuseAttachment, chain: Path
+    attachment: FuseAttachment, small_chain: Path
 ) -> None:
-    images = (chain, chain.parent / "full.qcow2")
+    images = (small_chain, small_chain.parent / "full.qcow2")
     before = [digest(path) for path in images]
     device = await attachment.slice(0, SIZE, writable=True)
     written = device.sectors_written()
@@ -156,10 +124,10 @@ async def test_a_killed_server_is_noticed_and_readers_get_eio(attachment: FuseAt
 
 
 async def test_a_hung_server_is_given_up_in_time_and_nothing_is_left(
-    chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
+    small_chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
 ) -> None:
     short = replace(settings, attach=replace(settings.attach, timeout=1.0))
-    with image.open_chain(chain.parent, chain.name, depth=8) as opened:
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
         attached = await opened_on(settings, events, opened, workplace)
         attached._config = short
         assert attached._server is not None
@@ -181,31 +149,31 @@ async def test_a_hung_server_does_not_stop_the_daemon_from_starting_programs(att
 
 
 async def test_an_overlay_that_does_not_fit_is_no_space(
-    chain: Path, settings: config.Config, events: BlockEvents, tmp_path: Path
+    small_chain: Path, settings: config.Config, events: BlockEvents, tmp_path: Path
 ) -> None:
     place = Workplace(tmp_path / "tiny", 4096)
     place.make()
-    with image.open_chain(chain.parent, chain.name, depth=8) as opened, pytest.raises(errors.NoSpace):
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened, pytest.raises(errors.NoSpace):
         await opened_on(settings, events, opened, place)
     place.close()
 
 
 async def test_an_image_that_qemu_refuses_is_refused_with_nothing_left(
-    chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
+    small_chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
 ) -> None:
-    with image.open_chain(chain.parent, chain.name, depth=8) as opened:
-        with chain.open("r+b") as file:  # after the check, as a failing disk would
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
+        with small_chain.open("r+b") as file:  # after the check, as a failing disk would
             file.write(b"\0" * 64)
         with pytest.raises(errors.ImageRefused):
             await opened_on(settings, events, opened, workplace)
 
 
 async def test_a_backup_that_is_being_written_is_not_ready(
-    chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
+    small_chain: Path, settings: config.Config, events: BlockEvents, workplace: Workplace
 ) -> None:
-    with image.open_chain(chain.parent, chain.name, depth=8) as opened:
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
         writer = await asyncio.create_subprocess_exec(
-            "qemu-io", "-f", "qcow2", chain, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            "qemu-io", "-f", "qcow2", small_chain, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
         assert writer.stdin is not None
         assert writer.stdout is not None
@@ -229,7 +197,7 @@ async def test_the_server_holds_no_mount_of_the_daemon_and_its_export_is_nowhere
     assert f" {workplace.path} " not in theirs
 
 
-async def test_a_daemon_that_is_killed_leaves_no_server_and_no_loop(chain: Path, tmp_path: Path) -> None:
+async def test_a_daemon_that_is_killed_leaves_no_server_and_no_loop(small_chain: Path, tmp_path: Path) -> None:
     """The whole of it in another process, which is killed in the middle."""
     script = f"""
 import asyncio, sys
@@ -245,7 +213,7 @@ async def main():
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_SLAVE)
     place = Workplace(Path({str(tmp_path / "killed")!r}), 64 << 20)
     place.make()
-    opened = image.open_chain(Path({str(chain.parent)!r}), {chain.name!r}, depth=8)
+    opened = image.open_chain(Path({str(small_chain.parent)!r}), {small_chain.name!r}, depth=8)
     events = BlockEvents()
     attached = FuseAttachment(Tools.find({TOOLS!r}), config.Config(), events, Threads())
     await attached.open(opened, place, 0)

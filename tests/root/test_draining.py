@@ -12,7 +12,6 @@ import pytest
 
 from sendense_restored import errors
 from sendense_restored.daemon.host.loop import LoopDevice
-from sendense_restored.daemon.host.udev import BlockEvents
 from sendense_restored.daemon.host.volumes import Volume, VolumeState
 from sendense_restored.daemon.volume import SessionVolume
 
@@ -20,16 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from sendense_restored.daemon.host.attach import Attachment
+    from sendense_restored.daemon.host.udev import BlockEvents
     from sendense_restored.daemon.volume import Machine
 
 SIZE = 1 << 20
-
-
-@pytest.fixture
-async def events() -> AsyncIterator[BlockEvents]:
-    listening = BlockEvents()
-    yield listening
-    listening.close()
 
 
 @pytest.fixture

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sendense_restored.daemon.host.process import Jail, ToolError, ToolMissingError, Tools
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sendense_restored.daemon.host.process import Child
 
 NOBODY = Jail(65534)
 PYTHON = "/usr/bin/python3"
@@ -148,12 +157,14 @@ async def test_a_child_ends_once_and_tells_how(tools: Tools) -> None:
     assert await child.close()
 
 
-async def test_a_program_dies_with_the_one_who_started_it() -> None:
+@pytest.mark.parametrize("jail", ["Jail(65534)", "Jail(65534, own_processes=True)"])
+async def test_a_program_dies_with_the_one_who_started_it(jail: str) -> None:
     script = f"""
 import asyncio
 from sendense_restored.daemon.host.process import Jail, Tools
 async def main():
-    child = await Tools.find({TOOLS!r}).spawn(Jail(65534), "sh", "-c", "echo $$ >&1; exec sleep 1000", capture=True)
+    said = "read -r pid rest </proc/self/stat; echo $pid; exec sleep 1000"
+    child = await Tools.find({TOOLS!r}).spawn({jail}, "sh", "-c", said, capture=True)
     print((await child.process.stdout.readline()).decode(), end="", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
@@ -162,14 +173,107 @@ asyncio.run(main())
     assert starter.stdout is not None
     pid = int(await starter.stdout.readline())
     gone = os.pidfd_open(pid)
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(gone, ended.set)
     starter.kill()
     await starter.wait()
-    async with asyncio.timeout(60):
-        await ended.wait()
-    asyncio.get_running_loop().remove_reader(gone)
+    await ended(gone)
     os.close(gone)
+
+
+async def ended(*pidfds: int) -> None:
+    """Once these processes have."""
+    for pidfd in pidfds:
+        over = asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, over.set)
+        async with asyncio.timeout(60):
+            await over.wait()
+        asyncio.get_running_loop().remove_reader(pidfd)
+
+
+# --- a process namespace --------------------------------------------------------------------------------------------
+
+APART = Jail(61994, own_processes=True)
+DETACHED = """
+import os, signal, sys
+numbers, tell = os.pipe()
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        os.write(tell, os.readlink("/proc/self").encode())
+        os.close(tell)
+        while True:
+            signal.pause()
+    os._exit(0)
+os.close(tell)
+print(os.getpid(), os.readlink("/proc/self"), os.read(numbers, 100).decode(), flush=True)
+while True:
+    signal.pause()
+"""
+"""A program that starts another one which leaves its session, and tells the numbers of both."""
+
+
+@pytest.fixture
+async def apart(tools: Tools) -> AsyncIterator[tuple[Child, list[int]]]:
+    """A guard, and pidfds of the program and of what that has started."""
+    child = await tools.spawn(APART, PYTHON, "-I", "-c", DETACHED, capture=True)
+    assert child.process.stdout is not None
+    own, *numbers = (await child.process.stdout.readline()).split()
+    assert own == b"1"
+    assert Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text(encoding="ascii").split() == [
+        numbers[0].decode()
+    ]
+    pidfds = [os.pidfd_open(int(number)) for number in numbers]
+    yield child, pidfds
+    await child.close()
+    for pidfd in pidfds:
+        os.close(pidfd)
+
+
+def over(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+async def test_all_that_was_started_in_a_process_namespace_has_ended_when_its_program_was_killed(
+    apart: tuple[Child, list[int]],
+) -> None:
+    child, pidfds = apart
+    assert await child.close()
+    assert await child.wait() != 0
+    assert all(map(over, pidfds)), "not one of them is about to end: it has"
+
+
+async def test_a_guard_that_somebody_kills_takes_all_along(apart: tuple[Child, list[int]]) -> None:
+    child, pidfds = apart
+    os.kill(child.pid, signal.SIGKILL)
+    await ended(*pidfds)
+    assert await child.wait() == -signal.SIGKILL
+
+
+async def test_a_guard_has_the_status_of_its_program(tools: Tools) -> None:
+    done = await tools.run(APART, "sh", "-c", "exit 7", seconds=20, accept=(7,))
+    assert done.returncode == 7
+
+
+async def test_a_program_can_be_killed_before_its_namespace_stands(tools: Tools) -> None:
+    for _ in range(20):
+        child = await tools.spawn(APART, "sleep", "1000")
+        assert await child.close()
+
+
+async def test_a_server_in_a_process_namespace_finds_its_socket(tools: Tools) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")
+        listening.listen()
+        jail = replace(APART, own_mounts=True)
+        said = 'echo "$LISTEN_FDS $((LISTEN_PID - $$)) ${GUARD-none} $(readlink /proc/self/fd/3)" >&2'
+        child = await tools.spawn_listening(jail, "sh", "-c", said, listening=listening.fileno())
+        try:
+            assert await child.wait() == 0
+            assert child.stderr == f"1 0 none {os.readlink(f'/proc/self/fd/{listening.fileno()}')}"  # noqa: PTH115
+        finally:
+            await child.close()
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
 
 
 FORKS = """
@@ -213,7 +317,7 @@ async def test_a_jail_bounds_what_its_uid_can_have_running(tools: Tools) -> None
 async def test_a_jail_bounds_the_files_that_are_written(tools: Tools, tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.fchmod(descriptor, 0o666)
-    write = f"trap '' XFSZ; cat /dev/zero > /proc/self/fd/{descriptor}"
+    write = f"cat /dev/zero > /proc/self/fd/{descriptor}"
     try:
         with pytest.raises(ToolError) as refusal:
             await tools.run(Jail(61997, file_size=4096), "sh", "-c", write, seconds=20, fds=[descriptor])
@@ -223,6 +327,22 @@ async def test_a_jail_bounds_the_files_that_are_written(tools: Tools, tmp_path: 
         os.close(descriptor)
 
 
-def test_a_jail_that_would_unmount_the_daemon_s_own_places_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="for the daemon as well"):
-        Jail(7, without=(tmp_path,))
+@pytest.mark.parametrize("change", ["without", "bare"])
+def test_a_jail_that_would_change_the_daemon_s_own_mounts_cannot_be_made(tmp_path: Path, change: str) -> None:
+    with pytest.raises(ValueError, match="the daemon's as well"):
+        Jail(7, without=(tmp_path,)) if change == "without" else Jail(7, bare=tmp_path)
+
+
+async def test_a_bare_jail_has_programs_and_nothing_else(tools: Tools, tmp_path: Path) -> None:
+    file = os.open(tmp_path / "handed over", os.O_RDWR | os.O_CREAT)
+    os.write(file, b"known\n")
+    jail = Jail(61997, capabilities=frozenset({"dac_read_search"}), own_mounts=True, bare=tmp_path)
+    writes = "for place in / /usr /proc; do (: >$place/x) 2>/dev/null && echo $place; done"
+    see = f"ls -A /; cat /proc/self/fd/$1; {writes}; :"
+    try:
+        done = await tools.run(jail, "sh", "-c", see, "sh", str(file), seconds=20, fds=[file])
+    finally:
+        os.close(file)
+    seen = set(done.stdout.decode().split()) - {"lib32", "lib64", "libx32"}
+    assert seen == {"bin", "lib", "proc", "sbin", "usr", "known"}
+    assert [path.name for path in tmp_path.iterdir()] == ["handed over"]

@@ -5,21 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import pytest
 
 from sendense_restored.daemon.host.udev import BlockEvents
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-
-@pytest.fixture
-async def events() -> AsyncIterator[BlockEvents]:
-    listening = BlockEvents()
-    yield listening
-    listening.close()
 
 
 async def test_what_is_true_already_needs_no_event(events: BlockEvents) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,12 @@ from sendense_restored.daemon.host import image as images
 from sendense_restored.daemon.host.attach import Attacher
 from sendense_restored.daemon.host.nbd import DevicesGoneError, NbdAttachment
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
-from sendense_restored.daemon.host.nbd_socket import greets, listen
+from sendense_restored.daemon.host.nbd_socket import connect, listen
 from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.uids import Uids
 from tests.nbd import FakeEvents, Sysfs
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from sendense_restored.daemon.host.attach import Attachment
@@ -85,6 +85,8 @@ class Host:
     children: list[FakeChild] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=lambda: {name: f"/x/{name}" for name in nbd.TOOLS})
     answers: bool = True
+    connection: socket.socket | None = None
+    """The daemon's to the server."""
     uids: Uids = field(default_factory=lambda: Uids(range(7, 13)))
 
     def has(self, name: str) -> bool:
@@ -97,9 +99,9 @@ class Host:
         return child
 
     async def spawn_listening(
-        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int], label: str
+        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int]
     ) -> FakeChild:
-        assert label == "qemu-nbd"
+        assert name == "qemu-nbd"
         assert stat_is_socket(listening)
         assert fds
         return self._child(jail, (name, *arguments))
@@ -152,14 +154,18 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     async def overlay(*_: object, **__: object) -> int:
         return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
-    async def answers(door: int) -> bool:
-        del door
-        return host.answers
+    async def connects(door: int, export: str) -> socket.socket | None:
+        del door, export
+        host.connection = socket.socket(socket.AF_UNIX)
+        if host.answers:
+            return host.connection
+        host.connection.close()
+        return None
 
     monkeypatch.setattr(served.Served, "_make_overlay", overlay)
     monkeypatch.setattr(images, "blockdev", lambda _: {})
     monkeypatch.setattr(images, "changed", lambda _: False)
-    monkeypatch.setattr(nbd, "greets", answers)
+    monkeypatch.setattr(nbd, "connect", connects)
     monkeypatch.setattr(NbdAttachment, "_make_node", lambda *_: None)
     monkeypatch.setattr(NbdDevice, "settle", lambda _: None)
     monkeypatch.setattr(os, "chown", lambda *_, **__: None)
@@ -213,6 +219,8 @@ async def test_a_disk_stands_when_the_kernel_shows_client_and_size(
     host.client = [host.connects]
     attachment = await opened(host, pool, workplace)
     assert (attachment.size, host.devices, states(pool)) == (SIZE, ["nbd0"], ["ours", "free", "free"])
+    assert host.connection is not None
+    assert host.connection.fileno() < 0, "the server ends with the client's connection, which is the last"
     assert not attachment.lost.done()
     await taken_down(host, attachment)
     assert states(pool) == ["free", "free", "free"]
@@ -228,12 +236,14 @@ async def test_server_and_client_have_little_and_are_not_where_the_daemon_is(
     (server, serving), (client, connecting) = host.started
     assert (server.uid, set(server.capabilities)) == (7, {"dac_read_search"})
     assert (client.uid, set(client.capabilities)) == (8, {"sys_admin"})
-    for jail in (server, client):
+    daemon = (workplace.path.parent, Path("/mnt/sendense/restore"))
+    for jail, without in ((server, daemon), (client, (*daemon, Path("/dev")))):
         assert jail.own_mounts
         assert not jail.network
-        assert jail.without == (workplace.path.parent, Path("/mnt/sendense/restore"), Path("/dev"))
-    assert {"--persistent", "--shared=1"} < set(serving)
-    assert not {"--fork", "-c", "--connect"} & set(serving)
+        assert jail.without == without
+    assert server.own_processes
+    assert server.bare == workplace.path.parent
+    assert not {"--fork", "-c", "--connect", "--persistent"} & set(serving)
     assert {"-nonetlink", "-nofork", "-timeout", "-unix"} < set(connecting)
     await taken_down(host, attachment)
 
@@ -384,12 +394,11 @@ async def test_what_the_server_refuses_is_known_before_a_device_is_touched(
     said: str,
     kind: type[errors.RestoreError],
 ) -> None:
-    async def ended(door: int) -> bool:
-        del door
+    async def ended(door: int, export: str) -> None:
+        del door, export
         host.children[0].end(1, said)
-        return False
 
-    monkeypatch.setattr(nbd, "greets", ended)
+    monkeypatch.setattr(nbd, "connect", ended)
     with pytest.raises(kind):
         await opened(host, pool, workplace)
     assert host.devices == []
@@ -479,36 +488,47 @@ def door(directory: Path) -> Iterator[tuple[socket.socket, int]]:
         os.close(through)
 
 
+HELLO = b"NBDMAGICIHAVEOPT\0\3"
+
+
 async def test_the_socket_has_no_name_and_is_reached_through_its_descriptor(tmp_path: Path) -> None:
     with door(tmp_path) as (listening, through):
         assert list(tmp_path.iterdir()) == []
-        answering = asyncio.create_task(greets(through))
+        connecting = asyncio.create_task(connect(through, "disk"))
         await asyncio.sleep(0)  # one turn, in which it connects
-        connection, _ = listening.accept()
-        with connection:
-            connection.send(b"NBDMAGIC")
-            connection.send(b"IHAVEOPT\0\3")
-            assert await answering
+        server, _ = listening.accept()
+        with server:
+            server.send(HELLO[:8])
+            server.send(HELLO[8:])
+            server.settimeout(20)
+            asked = await asyncio.to_thread(server.recv, 100)
+            assert asked == b"\0\0\0\3" + b"IHAVEOPT" + b"\0\0\0\1" + b"\0\0\0\4" + b"disk"
+            server.send(b"\0" * 10)
+            connection = await connecting
+            assert connection is not None
+            connection.close()
+            assert server.recv(100) == b"", "it asked for nothing more"
 
 
-@pytest.mark.parametrize("greeting", [b"", b"NBDMAGIC", b"something else altogether"])
-async def test_a_server_that_does_not_greet_has_not_started(tmp_path: Path, greeting: bytes) -> None:
+@pytest.mark.parametrize("said", [b"", HELLO[:17], HELLO, HELLO + b"\0" * 9])
+async def test_a_server_that_does_not_come_to_serve_has_ended(tmp_path: Path, said: bytes) -> None:
     with door(tmp_path) as (listening, through):
-        answering = asyncio.create_task(greets(through))
+        connecting = asyncio.create_task(connect(through, "disk"))
         await asyncio.sleep(0)  # one turn, in which it connects
-        connection, _ = listening.accept()
-        with connection:
-            connection.send(greeting)
-        assert not await answering
+        server, _ = listening.accept()
+        with server:
+            server.send(said)
+            server.shutdown(socket.SHUT_WR)
+            assert await connecting is None
 
 
 async def test_a_server_that_ended_before_it_took_the_connection_is_noticed_at_once(tmp_path: Path) -> None:
     with door(tmp_path) as (listening, through):
-        answering = asyncio.create_task(greets(through))
+        connecting = asyncio.create_task(connect(through, "disk"))
         await asyncio.sleep(0)  # one turn, in which it connects
         listening.close()
         async with asyncio.timeout(20):
-            assert not await answering
+            assert await connecting is None
 
 
 # --- which way ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from sendense_restored.daemon.host.udev import BlockEvents
 from sendense_restored.daemon.host.workplace import Workplace
 from sendense_restored.daemon.session import Session, Wish
 from sendense_restored.daemon.store import Backup, BackupDisk, Repository
+from tests.nbd import guarded
 from tools.lab import guest
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Disks:
     @property
     def server(self) -> int:
         assert self.nbd._server is not None
-        return self.nbd._server.pid
+        return guarded(self.nbd._server.pid)
 
     @property
     def client(self) -> int:
@@ -240,6 +241,7 @@ async def test_who_serves_and_connects_has_no_more_than_it_needs(
             assert str(settings.paths.runtime) not in mounts
             assert str(settings.mounts.directory) not in mounts
             assert not Path(f"/proc/{pid}/root/dev/nbd9").exists(), "the backup side's devices"
+            assert Path(f"/proc/{pid}/root/etc").exists() == (pid == disks.client), "and no file of the host"
         assert len(uids) == 2, "one could end the other, or look into it"
         assert Path("/sys/block/nbd0/pid").read_text() == f"{disks.client}\n"
         assert [each.name for each in disks.workplace.path.iterdir()] == ["nbd0"], "no socket, no overlay"
@@ -423,9 +425,14 @@ async def test_a_hung_server_can_be_closed(attacher: Attacher, settings: config.
 
 
 async def test_a_stopped_client_can_be_closed(attacher: Attacher, settings: config.Config, disk: Path) -> None:
-    """The kernel takes the stop for an interruption of the connection: the disk is gone, and closes as usual."""
+    """The kernel takes the stop for an interruption of the connection: the disk is gone, and closes as usual.
+
+    Nothing tells of that but the end of the server, whose last connection it was.
+    """
     async with attached(attacher, settings, disk) as disks:
         os.kill(disks.client, signal.SIGSTOP)
+        async with asyncio.timeout(SECONDS):
+            assert "image server ended" in await disks.nbd.lost
     assert states(attacher) == ["free"] * 3
 
 
@@ -488,9 +495,9 @@ async def test_a_daemon_that_is_killed_leaves_no_program_and_no_device(
         sys.executable, "-c", DAEMON, disk, tmp_path / "work", stdout=asyncio.subprocess.PIPE
     )
     assert daemon.stdout is not None
-    server, client, number, path = (await daemon.stdout.readline()).split()
+    guard, client, number, path = (await daemon.stdout.readline()).split()
     assert path.startswith(b"/dev/nbd")
-    children = [os.pidfd_open(int(pid)) for pid in (server, client)]
+    children = [os.pidfd_open(int(pid)) for pid in (guard, guarded(int(guard)), client)]
     daemon.kill()
     await daemon.wait()
     assert await events.until(lambda: is_free(int(number)), seconds=SECONDS)
@@ -581,7 +588,7 @@ async def test_a_server_that_dies_below_a_mount_fails_it_and_frees_the_device(
     (attachment,) = session._attachments
     assert isinstance(attachment, NbdAttachment)
     assert attachment._server is not None
-    os.kill(attachment._server.pid, signal.SIGKILL)
+    os.kill(guarded(attachment._server.pid), signal.SIGKILL)
     async with asyncio.timeout(SECONDS):
         assert "ended" in await session.lost
     await session.force()
@@ -597,7 +604,7 @@ async def test_a_hung_server_below_a_mount_does_not_keep_it_from_being_taken_dow
     (attachment,) = session._attachments
     assert isinstance(attachment, NbdAttachment)
     assert attachment._server is not None
-    os.kill(attachment._server.pid, signal.SIGSTOP)
+    os.kill(guarded(attachment._server.pid), signal.SIGSTOP)
     async with asyncio.timeout(SECONDS):
         await session.force()
     assert session.draining == []

@@ -44,7 +44,7 @@ class Two:
             return int((Path("/sys/block") / self._device / "pid").read_text(encoding="ascii"))
         if part == "reader":
             return pid_of(lambda _, command: self.victim in command)
-        return pid_of(lambda pid, command: "qemu-nbd" in command and self._image in links(pid))
+        return pid_of(lambda pid, _: program(pid) == "qemu-nbd" and self._image in links(pid))
 
     async def read(self, mount: str, path: str = HOSTNAME) -> bytes:
         descriptor, _ = await self.client.open_file(mount, path)
@@ -61,6 +61,11 @@ class Two:
         """Take both down; the victim's device is free once nobody holds it."""
         for mount in await self.client.list_mounts():
             await self.client.unmount(mount)
+
+
+def program(pid: int) -> str:
+    """The file that a process runs."""
+    return Path(f"/proc/{pid}/exe").readlink().name
 
 
 def links(pid: int) -> set[Path]:
@@ -111,9 +116,20 @@ async def test_one_that_was_stopped_for_a_while_goes_on(two: Two, part: str) -> 
     await two.unmounted()
 
 
+@pytest.mark.long
+async def test_a_client_that_is_stopped_fails_its_mount(two: Two, held: list[int]) -> None:
+    """The kernel shuts the device down then, whose ioctl it is in, and the server ends with its last connection."""
+    held.append((await two.client.open_file(two.victim, LARGE))[0])
+    os.kill(two.pid("client"), signal.SIGSTOP)
+    (info,) = await two.watch.states(two.client, [two.victim], "failed")
+    assert "image server ended" in info.error
+    await two.other_is_untouched()
+    let_go(held)
+    await two.unmounted()
+
+
 @pytest.mark.parametrize("part", PARTS)
 async def test_one_that_hangs_does_not_keep_its_mount_from_being_forced(two: Two, held: list[int], part: str) -> None:
-    """A client that is stopped has the kernel shut the device down, whose ioctl it is in; nobody is told of that."""
     held.append((await two.client.open_file(two.victim, LARGE))[0])
     os.kill(two.pid(part), signal.SIGSTOP)
     reading = asyncio.create_task(asyncio.to_thread(os.pread, held[0], 4096, 1 << 20))

@@ -17,14 +17,12 @@ import json
 import os
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sendense_restored import errors
-
 from .loop import LoopDevice
-from .process import Jail
-from .served import SERVER_MEMORY, Served, refusal
+from .served import SERVER, Served
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,9 +46,7 @@ REQUIRED_TOOLS: Final = {
 _MOST_GREETING = 64 << 10  # bytes; QEMU's has a few hundred
 
 # Run by the server's process before it becomes QEMU: makes the file $2 in $1 that the export is mounted on.
-# SIGXFSZ is ignored so that a full overlay on a disk is an error (EFBIG) to QEMU and not its end.
 _PREPARE = """
-trap '' XFSZ
 place=$1 file=$2
 shift 2
 mount -i -n -t tmpfs -o nosuid,nodev,noexec,size=64k,mode=0700 sendense "$place"
@@ -91,14 +87,10 @@ class FuseAttachment(Served):
             with theirs:
                 number = theirs.fileno()
                 self._server = await self._tools.spawn(
-                    Jail(
-                        uid=0,
+                    replace(
+                        SERVER,
                         capabilities=_SERVER_CAPABILITIES,
-                        own_mounts=True,
                         without=self._places(workplace),
-                        memory=SERVER_MEMORY,
-                        cpu=None,
-                        files=4096,
                         file_size=workplace.overlay_limit,
                     ),
                     "sh",
@@ -114,15 +106,7 @@ class FuseAttachment(Served):
                     fds=(number, *fds),
                     label="qemu-storage-daemon",
                 )
-            try:
-                async with asyncio.timeout(self._config.attach.timeout):
-                    ready = await _monitor_answers(ours)
-            except TimeoutError:
-                raise errors.Timeout("the image server did not start in time; try again") from None
-            if not ready:
-                await self._server.close()
-                raise refusal(self._server)
-            self._watch(self._server, "image server")
+            await self._ready(_monitor_answers(ours))
             return self._server
 
     async def slice(self, start: int, size: int, *, writable: bool) -> LoopDevice:
@@ -154,8 +138,8 @@ def _open_export(path: Path) -> int:
     return file
 
 
-async def _monitor_answers(monitor: socket.socket) -> bool:
-    """Shake hands with QEMU's monitor (docs/interop/qmp-spec); False if QEMU closes it, which means that it ended.
+async def _monitor_answers(monitor: socket.socket) -> bytes | None:
+    """Shake hands with QEMU's monitor (docs/interop/qmp-spec); None if QEMU closes it, which means that it ended.
 
     Its main loop answers only after every option on the command line was carried out, the export among them.
     """
@@ -166,8 +150,8 @@ async def _monitor_answers(monitor: socket.socket) -> bool:
         while b'"return"' not in received:
             chunk = await loop.sock_recv(monitor, 4096)
             if not chunk or len(received) > _MOST_GREETING:
-                return False
+                return None
             received += chunk
     except ConnectionError:
-        return False
-    return True
+        return None
+    return received

@@ -1,16 +1,21 @@
 """A disk as an NBD device: an unprivileged ``qemu-nbd``, and ``nbd-client`` that binds it to ``/dev/nbdX``.
 
 The server gets a listening socket that has no name: the daemon makes it, and nobody but its own client can reach it,
-through a descriptor. The daemon connects first and reads the greeting, which QEMU sends once it has opened the whole
-chain; so what the server refuses is known before any device is touched. The client stays in the foreground, inside
+through a descriptor. The daemon connects first: QEMU greets once it has opened the whole chain, so what the server
+refuses is known before any device is touched. The client stays in the foreground, inside
 the ioctl that is the connection (NBD_DO_IT): its death, however it comes, is the disconnection, and can hit no
 connection but its own. That is why closing kills the client, and never runs ``nbd-client -d``, which disconnects
 whoever is on the device by then.
 
+The server ends with its last connection, which is the daemon's until the client has the device, and then the
+client's. So the end of a connection is always noticed, also where the client lives on: the kernel shuts the device
+down, without an event, as soon as the client is sent any signal, SIGSTOP for one.
+
 Both children have mount namespaces without the daemon's mounts, and each has a uid that no other process has
-(``attach.uids``), so that a server that a guest has taken over reaches no other. The server may reopen images of
-other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH), but no device: there is no ``/dev`` for it. The client
-needs CAP_SYS_ADMIN for the driver's ioctls, and a node of its own for the one device.
+(``attach.uids``), so that a server that a guest has taken over reaches no other. What it starts ends with it, as it
+has a process namespace. It may reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH), but
+finds no file of the host by name except programs. The client needs CAP_SYS_ADMIN for the driver's ioctls, and a node
+of its own for the one device.
 
 nbd-client sets sizes and clears the socket of whatever device it is given before the kernel has a chance to refuse:
 on a device that somebody connected a moment ago it would do harm. The last look at ``pid`` is therefore taken in its
@@ -30,6 +35,7 @@ import logging
 import math
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -37,11 +43,12 @@ from sendense_restored import errors
 
 from .loop import LoopDevice
 from .nbd_node import NbdNode, numbers_of, open_node
-from .nbd_socket import greets, listen
+from .nbd_socket import connect, listen
 from .process import Jail
-from .served import SERVER_MEMORY, Served, refusal
+from .served import SERVER, Served, refusal
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
     from sendense_restored.config import Config
@@ -60,8 +67,6 @@ log = logging.getLogger(__name__)
 TOOLS: Final = {"qemu-nbd": "qemu-utils", "nbd-client": "nbd-client"}
 
 _EXPORT = "disk"
-# A full overlay on a disk is an error (EFBIG) to QEMU and not its end.
-_SERVE = "trap '' XFSZ; exec \"$@\""
 _TAKEN = 75
 _LAST_LOOK = f"""
 [ ! -e "$1" ] || exit {_TAKEN}
@@ -114,13 +119,14 @@ class NbdAttachment(Served):
             node, fds = self._chain(image, overlay)
             directory = os.open(workplace.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                door = await self._start_server(node, fds, workplace, directory, f"server-{index}")
+                listening, door = listen(directory, f"server-{index}")
                 try:
-                    await self._check_unchanged(image)
-                    tried: set[int] = set()
-                    while not await self._connect(workplace, directory, door):
-                        tried.add(self.device.number)
-                        await self._take_another(tried)
+                    with await self._start_server(node, fds, workplace, listening, door):
+                        await self._check_unchanged(image)
+                        tried: set[int] = set()
+                        while not await self._connect(workplace, directory, door):
+                            tried.add(self.device.number)
+                            await self._take_another(tried)
                 finally:
                     os.close(door)
             finally:
@@ -133,45 +139,36 @@ class NbdAttachment(Served):
     # --- the server ---------------------------------------------------------------------------------------------
 
     async def _start_server(
-        self, node: dict[str, object], fds: tuple[int, ...], workplace: Workplace, directory: int, name: str
-    ) -> int:
-        """Start it, and see that it has opened the chain; a descriptor that its socket is reached through."""
-        jail = Jail(
-            self._server_uid,
+        self,
+        node: dict[str, object],
+        fds: tuple[int, ...],
+        workplace: Workplace,
+        listening: socket.socket,
+        door: int,
+    ) -> socket.socket:
+        """Start it, and see that it has opened the chain; the connection that keeps it until there is another.
+
+        ``listening`` is closed here, so that only the server has it: if it ends, so do those who wait at ``door``.
+        """
+        jail = replace(
+            SERVER,
+            uid=self._server_uid,
             capabilities=frozenset({"dac_read_search"}),
-            own_mounts=True,
-            without=(*self._places(workplace), _DEVICES),
-            memory=SERVER_MEMORY,
-            cpu=None,
-            files=4096,
+            without=self._places(workplace),
+            bare=workplace.path.parent,
+            own_processes=True,
             processes=_SERVER_THREADS,
             file_size=workplace.overlay_limit,
         )
-        listening, door = listen(directory, name)
-        try:
-            with listening:
-                self._server = await self._tools.spawn_listening(
-                    jail,
-                    *("sh", "-euc", _SERVE, "sh", self._tools.paths["qemu-nbd"]),
-                    *("--persistent", "--shared=1", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
-                    listening=listening.fileno(),
-                    fds=fds,
-                    label="qemu-nbd",
-                )
-            # From here on only the server has the socket: if it ends, so do those who wait there.
-            try:
-                async with asyncio.timeout(self._config.attach.timeout):
-                    ready = await greets(door)
-            except TimeoutError:
-                raise errors.Timeout("the image server did not start in time; try again") from None
-            if not ready:
-                await self._server.close()
-                raise refusal(self._server)
-        except BaseException:
-            os.close(door)
-            raise
-        self._watch(self._server, "image server")
-        return door
+        with listening:
+            self._server = await self._tools.spawn_listening(
+                jail,
+                # Two connections: the daemon's, and the client's.
+                *("qemu-nbd", "--shared=2", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
+                listening=listening.fileno(),
+                fds=fds,
+            )
+        return await self._ready(connect(door, _EXPORT))
 
     # --- the client ---------------------------------------------------------------------------------------------
 

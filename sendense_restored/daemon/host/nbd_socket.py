@@ -1,12 +1,19 @@
-"""The socket of an image server that speaks NBD: it has no name, so that nobody but its own client can reach it."""
+"""The socket of an image server that speaks NBD: it has no name, so that nobody but its own client can reach it.
+
+The protocol is that of doc/proto.md in the NBD project ("fixed newstyle"); numbers are big-endian.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+import struct
 
-_GREETING = b"NBDMAGICIHAVEOPT"  # docs/interop/nbd, doc/proto.md of NBD: newstyle
+_HELLO = 18  # bytes: two magic numbers and flags
+_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
+_OPT_EXPORT_NAME = 1
+_EXPORT = 10  # bytes: its size and what may be done with it, of no interest here
 
 
 def listen(directory: int, name: str) -> tuple[socket.socket, int]:
@@ -31,18 +38,36 @@ def listen(directory: int, name: str) -> tuple[socket.socket, int]:
     return listening, door
 
 
-async def greets(door: int) -> bool:
-    """Whether QEMU greets, which it does when it has opened everything; False if it has ended instead."""
+async def connect(door: int, export: str) -> socket.socket | None:
+    """A connection that asks for nothing; None if the server has ended instead.
+
+    QEMU greets when it has opened everything, and ends when its last connection does. The handshake is gone through
+    because QEMU drops those who take more than ten seconds for it.
+    """
     loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-        try:
-            await loop.sock_connect(connection, f"/proc/self/fd/{door}")
-            received = b""
-            while len(received) < len(_GREETING):
-                chunk = await loop.sock_recv(connection, len(_GREETING) - len(received))
-                if not chunk:
-                    return False
-                received += chunk
-        except ConnectionError:
-            return False
-    return received == _GREETING
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        await loop.sock_connect(connection, f"/proc/self/fd/{door}")
+        await _receive(connection, _HELLO)
+        name = export.encode()
+        option = struct.pack(">I8sII", _FIXED_NEWSTYLE | _NO_ZEROES, b"IHAVEOPT", _OPT_EXPORT_NAME, len(name))
+        await loop.sock_sendall(connection, option + name)
+        await _receive(connection, _EXPORT)
+    except ConnectionError:
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _receive(connection: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes. Raises ConnectionError if there are fewer."""
+    received = b""
+    while len(received) < size:
+        chunk = await asyncio.get_running_loop().sock_recv(connection, size - len(received))
+        if not chunk:
+            raise ConnectionResetError
+        received += chunk
+    return received

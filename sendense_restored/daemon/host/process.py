@@ -33,6 +33,14 @@ DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "util-linux", "sh": "dash"}
 # $0 is the daemon's process id: go on only if that is still the parent.
 _WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
+# The same for a guard, and for what it starts in a process namespace, where a parent has no number but in our /proc.
+_GUARD = '[ "$PPID" = "$0" ] && GUARD=$$ exec "$@"'
+_WITH_GUARD = """
+while read -r key value; do [ "$key" != PPid: ] || break; done </proc/self/status
+[ "$value" = "$GUARD" ] && unset GUARD && exec "$@"
+"""
+# A file that is full is an error (EFBIG) to the program, and not its end.
+_BOUNDED = "trap '' XFSZ"
 # The first process of a namespace is safe from most signals and has to wait for orphans; no program expects to be it.
 # What this shell would say of one that a signal has ended goes nowhere, its status tells.
 _FIRST = '{ "$@"; } 2>/dev/null; exit $?'
@@ -50,6 +58,18 @@ while [ "$1" != - ]; do
 done
 shift
 exec "$@"
+"""
+# A root directory in the place $1, with programs and nothing else. All systems that we run on have merged /usr.
+_BARE = """
+place=$1 links=
+shift
+mount -i -n -t tmpfs -o nosuid,nodev,noexec,size=64k,mode=0755 sendense "$place"
+mkdir "$place/usr" "$place/proc"
+mount -i -n --rbind /usr "$place/usr"
+mount -i -n --rbind /proc "$place/proc"
+for path in /bin /sbin /lib*; do [ ! -L "$path" ] || links="$links usr$path"; done
+ln -s $links "$place"
+exec chroot "$place" "$@"
 """
 # Makes of the standard input what sd_listen_fds(3) looks for. The process stays the same through exec, so $$ is the
 # program's own number. Its output goes to /dev/null, open for reading as well, which need not be there by name.
@@ -101,17 +121,21 @@ class Jail:
     without: tuple[Path, ...] = ()
     """Places that it lets go of there, with all that is mounted on and below them; ``own_mounts`` only. Needs
     umount(8)."""
+    bare: Path | None = None
+    """A directory of root's that its own root directory is made in, with nothing but /usr and /proc; ``own_mounts``
+    only. Not for one with ``sys_chroot``, who leaves it again. Needs mount(8)."""
+    own_processes: bool = False
+    """Whether it is the first process of a namespace (pid_namespaces(7)): all that it has started ends with it."""
     memory: int = 512 << 20
     cpu: int | None = 60
     files: int = 256
     processes: int = 512
     file_size: int | None = None
-    """The most bytes that a file may have which it writes to (RLIMIT_FSIZE). Beyond that, SIGXFSZ ends a program that
-    does not ignore it."""
+    """The most bytes that a file may have which it writes to (RLIMIT_FSIZE); beyond that is EFBIG."""
 
     def __post_init__(self) -> None:
-        if self.without and not self.own_mounts:
-            raise ValueError("what it lets go of would be unmounted for the daemon as well")
+        if (self.without or self.bare) and not self.own_mounts:
+            raise ValueError("what it lets go of, or mounts, would be the daemon's as well")
 
 
 @dataclass(frozen=True)
@@ -165,15 +189,21 @@ class Tools:
             limits.append(f"--cpu={jail.cpu}")
         if jail.file_size is not None:
             limits.append(f"--fsize={jail.file_size}")
+        sh, parent = self.paths["sh"], str(os.getpid())
         command = [self.paths["prlimit"], *limits, "--"]
         spaces = [] if jail.network else ["--net"]
         if jail.own_mounts:
             spaces += ["--mount", "--propagation=slave"]
+        if jail.own_processes:
+            command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", sh, "-c", _GUARD, parent, *command]
+            spaces += ["--pid", "--fork", "--kill-child=KILL"]
         if spaces:
             command += [self.paths["unshare"], *spaces, "--"]
         if there := [str(place) for place in jail.without if mountinfo.mounted_on(place) is not None]:
             # While it still may: most programs end up without the right to unmount anything.
-            command += [self.paths["sh"], "-euc", _WITHOUT, "sh", *there, "-"]
+            command += [sh, "-euc", _WITHOUT, "sh", *there, "-"]
+        if jail.bare is not None:
+            command += [sh, "-euc", _BARE, "sh", str(jail.bare)]
         kept = "".join(f",+{capability}" for capability in sorted(jail.capabilities))
         # From here on the daemon's death kills it; one that came earlier is found out by the last link of the chain.
         command += [self.paths["setpriv"], "--no-new-privs", "--pdeathsig=KILL", f"--bounding-set=-all{kept}"]
@@ -181,7 +211,10 @@ class Tools:
         if jail.uid != 0:
             command += [f"--ambient-caps=-all{kept}"]
         command += [f"--reuid={jail.uid}", f"--regid={jail.uid}", "--clear-groups", "--"]
-        return [*command, self.paths["sh"], "-c", _WITH_PARENT, str(os.getpid()), program, *arguments]
+        last = _WITH_GUARD if jail.own_processes else _WITH_PARENT
+        if jail.file_size is not None:
+            last = f"{_BOUNDED}\n{last}"
+        return [*command, sh, "-c", last, parent, program, *arguments]
 
     async def run(
         self,
@@ -229,16 +262,18 @@ class Tools:
         if self.held >= 0 and not jail.own_mounts:
             fds = (*fds, self.held)
         argv = self.argv(jail, name, *arguments)
-        return await _spawn(argv, label or name, fds, capture=capture, environment=environment)
+        return await _spawn(
+            argv, label or name, fds, capture=capture, environment=environment, guard=jail.own_processes
+        )
 
     async def spawn_listening(
-        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int] = (), label: str = ""
+        self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int] = ()
     ) -> Child:
         """The same for a server that serves a socket which listens already (sd_listen_fds(3), LISTEN_FDS)."""
         if _ACTIVATED_NUMBER in fds or not jail.own_mounts:
             raise ValueError("descriptor 3 will be the socket, and a server has mounts of its own")
         argv = self.argv(jail, "sh", "-euc", _ACTIVATED, "sh", self.paths[name], *arguments)
-        return await _spawn(argv, label or name, fds, capture=False, environment=None, stdin=listening)
+        return await _spawn(argv, name, fds, guard=jail.own_processes, stdin=listening)
 
     async def spawn_keeper(self, name: str, *arguments: str, stdin: int) -> Child:
         """Start the one program that outlives the daemon for a moment (``keeper``): no parent-death signal."""
@@ -246,7 +281,7 @@ class Tools:
         # Root without a capability: whoever has a process's uid can look through its /proc/PID/root, and this one is
         # in the mount namespace where all guests' files are.
         command += ["--clear-groups", "--", self.paths[name], *arguments]
-        return await _spawn(command, name, (), capture=False, environment=None, stdin=stdin)
+        return await _spawn(command, name, (), stdin=stdin)
 
     async def spawn_shell(
         self, name: str, *arguments: str, terminal: int, directory: Path, environment: Mapping[str, str]
@@ -269,7 +304,7 @@ class Tools:
             env=dict(environment),
             start_new_session=True,
         )
-        return Child(Path(name).name, process)
+        return Child(Path(name).name, process, guard=True)
 
 
 async def _spawn(
@@ -277,8 +312,9 @@ async def _spawn(
     name: str,
     fds: Sequence[int],
     *,
-    capture: bool,
-    environment: Mapping[str, str] | None,
+    capture: bool = False,
+    environment: Mapping[str, str] | None = None,
+    guard: bool = False,
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> Child:
     process = await asyncio.create_subprocess_exec(
@@ -291,7 +327,7 @@ async def _spawn(
         env={"PATH": ":".join(DIRECTORIES), "LC_ALL": "C", **(environment or {})},
         start_new_session=True,
     )
-    return Child(Path(name).name, process)
+    return Child(Path(name).name, process, guard=guard)
 
 
 @dataclass
@@ -303,6 +339,10 @@ class Child:
 
     name: str
     process: asyncio.subprocess.Process
+    guard: bool = field(default=False, kw_only=True)
+    """Whether the process is the guard of a namespace that the program is in: the parent of its first process, whose
+    end and exit status it shares. If that ends by a signal, the guard's status is not 0, and no more than that:
+    unshare(1) of util-linux before 2.39 fails then."""
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_STDERR_LINES))
 
     def __post_init__(self) -> None:
@@ -312,7 +352,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id: the jail's tools replace each other by exec, so it is the program's own."""
+        """Its process id, or its guard's: the jail's tools replace each other by exec, so it is the program's own."""
         return self.process.pid
 
     @property
@@ -370,9 +410,28 @@ class Child:
         """SIGKILL, if it still runs."""
         # Not the library's way: that may reap the child on the side, and its status is lost then. As long as there is
         # no status, nobody has reaped it, so the number is still its own.
-        if self.process.returncode is None:
+        if self.process.returncode is None and not (self.guard and self._kill_guarded()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)  # it leads a session: what it has started goes along
+
+    def _kill_guarded(self) -> bool:
+        """Kill the first process of the namespace, if there is one yet.
+
+        It ends after all others in there, and the guard after it; killed itself, the guard would not wait for them.
+        """
+        listing = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        try:
+            for pid in listing.read_text(encoding="ascii").split():
+                pidfd = os.pidfd_open(int(pid))
+                try:
+                    if pid in listing.read_text(encoding="ascii").split():  # it is still the same one
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        return True
+                finally:
+                    os.close(pidfd)
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has just ended, and the guard is about to
+        return False
 
     async def close(self) -> bool:
         """Kill it if it still runs, and wait until the kernel has taken it away; may be called again.

@@ -22,7 +22,7 @@ from . import image as images
 from .process import Jail, ToolError, internal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from sendense_restored.config import Config
@@ -47,8 +47,8 @@ _OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
 # Disks may have up to 64 TiB with them.
 _OVERLAY_OPTIONS_ON_DISK = "extended_l2=on,cluster_size=16k"
 
-SERVER_MEMORY: Final = 4 << 30
-"""QEMU keeps up to 32 MiB of metadata cache for each layer of a chain."""
+SERVER: Final = Jail(uid=0, own_mounts=True, memory=4 << 30, cpu=None, files=4096)
+"""What the jails of all servers have in common. QEMU caches up to 32 MiB of metadata for each layer of a chain."""
 
 
 class Served:
@@ -114,6 +114,23 @@ class Served:
         """
         if await self._ask(lambda: images.changed(image), bool):
             raise errors.BackupNotReady("an image was changed while it was being opened; try again")
+
+    async def _ready(self, answer: Awaitable[_T | None]) -> _T:
+        """Wait until the server answers, which it does when it has opened everything; it is watched from then on.
+
+        Raises errors.Timeout; or what it means that the server has ended, where the answer is None.
+        """
+        assert self._server is not None
+        try:
+            async with asyncio.timeout(self._config.attach.timeout):
+                result = await answer
+        except TimeoutError:
+            raise errors.Timeout("the image server did not start in time; try again") from None
+        if result is None:
+            await self._server.close()
+            raise refusal(self._server)
+        self._watch(self._server, "image server")
+        return result
 
     def _watch(self, child: Child, what: str) -> None:
         """Follow a child: its end, if nobody closes the disk, means that the disk is lost."""

@@ -14,13 +14,13 @@ import fcntl
 import logging
 import os
 import re
-import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sendense_restored import errors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .process import Child, Tools
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 REQUIRED_TOOLS: Final = {"setpriv": "util-linux", "unshare": "util-linux", "setsid": "util-linux", "sh": "dash"}
 OPTIONAL_TOOLS: Final = ("bash",)
 _MOST = 4
-# Seconds; more than the kernel takes to kill all that is in a shell, unless a device or a server does not answer.
-_GRACE = 5.0
 _PSEUDO_TERMINALS = range(136, 144)
 """Major numbers of the sides that programs get (Documentation/admin-guide/devices.txt: Unix98 PTY slaves)."""
 _NO_TERM = "dumb"
@@ -79,7 +77,8 @@ class Shells:
             status = await child.wait()
         finally:
             del self._running[child.pid]
-            await _kill(child)
+            # It is not asked first: the files that it works with are about to go.
+            await child.close()
         if child.stderr:  # of its guard: the shell's own is the terminal
             log.error("shell[%d] ended with %d: %s", child.pid, status, child.stderr)
             raise errors.Failed("the shell was not started or was killed; the service's journal has the details")
@@ -114,30 +113,7 @@ class Shells:
         """Kill all shells; no more are started. May be called again."""
         self._closed = True
         for child in tuple(self._running.values()):
-            await _kill(child)
-
-
-async def _kill(child: Child) -> None:
-    """Kill a shell and all that was started in it, and wait until the kernel has taken them away.
-
-    They are not asked first: the files that they work with are about to go.
-    """
-    listing = Path(f"/proc/{child.pid}/task/{child.pid}/children")
-    try:
-        # The first process of the namespace ends after all others, and then the guard does: killed itself it would
-        # not wait for them.
-        for pid in [] if child.ended else listing.read_text(encoding="ascii").split():
-            pidfd = os.pidfd_open(int(pid))
-            try:
-                if pid in listing.read_text(encoding="ascii").split():  # it is still the same one
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    await child.ends_within(_GRACE)
-            finally:
-                os.close(pidfd)
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has just ended
-    finally:
-        await child.close()
+            await child.close()
 
 
 def _check_terminal(terminal: int) -> None:

@@ -1,0 +1,115 @@
+"""``qemu-nbd`` as the daemon starts it, without a device: what it may see, and when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sendense_restored import config
+from sendense_restored.daemon.host import image
+from sendense_restored.daemon.host.attach import REQUIRED_TOOLS
+from sendense_restored.daemon.host.nbd import TOOLS, NbdAttachment
+from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
+from sendense_restored.daemon.host.nbd_socket import connect
+from sendense_restored.daemon.host.process import Tools
+from sendense_restored.daemon.host.threads import Threads
+from sendense_restored.daemon.host.uids import Uids
+from tests.nbd import Sysfs, guarded
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator
+
+    from sendense_restored.daemon.host.attach import Workplace
+    from sendense_restored.daemon.host.udev import BlockEvents
+
+
+class Served(NbdAttachment):
+    """With a connection of the test's in the place of the kernel's."""
+
+    connection: socket.socket
+
+    async def _connect(self, workplace: Workplace, directory: int, door: int) -> bool:
+        del workplace, directory
+        connection = await connect(door, "disk")
+        assert connection is not None
+        self.connection = connection
+        return True
+
+    @property
+    def server(self) -> int:
+        """The process id of qemu-nbd."""
+        assert self._server is not None
+        return guarded(self._server.pid)
+
+
+@pytest.fixture
+async def disk(
+    tmp_path: Path, small_chain: Path, events: BlockEvents, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Served]:
+    for path in small_chain.parent.glob("*.qcow2"):
+        path.chmod(0o600)  # others' files
+    monkeypatch.setattr(NbdDevice, "settle", lambda _: None)
+    pool = Pool(range(1), events, Threads(), **Sysfs(tmp_path, devices=1, max_part=0).places)
+    taken = pool.take(1, "m")
+    assert taken is not None
+    tools = Tools.find(REQUIRED_TOOLS | {"qemu-nbd": TOOLS["qemu-nbd"]})
+    disk = Served(tools, config.parse({}), events, Threads(), pool, Uids(range(61900, 61902)), taken[0])
+    try:
+        with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
+            await disk.open(opened, workplace, 0)
+        yield disk
+        disk.connection.close()
+    finally:
+        await disk.close()
+        await pool.close()
+
+
+async def test_it_ends_with_the_last_connection_and_that_is_noticed(disk: Served) -> None:
+    assert not disk.lost.done()
+    disk.connection.close()
+    async with asyncio.timeout(60):
+        assert "image server ended" in await disk.lost
+
+
+async def test_it_sees_no_file_of_the_host_but_programs_and_has_processes_of_its_own(disk: Served) -> None:
+    root = Path(f"/proc/{disk.server}/root")
+    assert {each.name for each in root.iterdir()} - {"lib32", "lib64", "libx32"} == {
+        "bin",
+        "lib",
+        "proc",
+        "sbin",
+        "usr",
+    }
+    status = Path(f"/proc/{disk.server}/status").read_text(encoding="utf-8")
+    assert f"\nNSpid:\t{disk.server}\t1\n" in status
+    assert "\nUid:\t61900\t61900\t61900\t61900\n" in status
+
+
+async def test_it_holds_no_mount_of_the_daemon(disk: Served, workplace: Workplace) -> None:
+    """Else its death could take the daemon's mounts down, and wait there for itself."""
+    theirs = Path(f"/proc/{disk.server}/mountinfo").read_text(encoding="utf-8")
+    assert f" {workplace.path} " in Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    assert f" {workplace.path} " not in theirs
+
+
+async def test_what_it_has_started_ends_with_it(disk: Served) -> None:
+    """As a program would that has taken it over."""
+    entered = ("nsenter", f"--target={disk.server}", "--pid", "--", "setsid", "sleep", "1000")
+    process = await asyncio.create_subprocess_exec(*entered)
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (started := children.read_text(encoding="ascii").split()):  # noqa: ASYNC110 - it forks at once
+            await asyncio.sleep(0)
+        pidfd = os.pidfd_open(int(started[0]))
+        await disk.close()
+        assert await process.wait() != 0
+        os.close(pidfd)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
