@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.lab import guest, leftovers
 from tools.lab.vm import backups
+from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,7 @@ MEMBER, STRANGER, ADMIN = "anna", "bob", "carol"
 """In the group; nobody in particular; in the group ``sudo``, whose members administer a Debian machine."""
 PASSWORD = "open sesame"
 """Of each of them."""
-_MATERIAL = Path("/srv/project/backups")
+_MATERIAL = MOUNTED / "backups"
 TIMEOUT = 120.0
 """Seconds after which a command has hung; far more than any takes, because every instruction is emulated."""
 

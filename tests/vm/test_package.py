@@ -24,11 +24,12 @@ from tests.vm.appliance import (
 )
 from tests.vm.watching import LOCKS, Watch, logs
 from tools.lab.vm import backups
+from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
     from tests.vm.appliance import Appliance
 
-PACKAGES = sorted(map(str, Path("/srv/project/packages").glob("*.deb")))
+PACKAGES = sorted(map(str, (MOUNTED / "packages").glob("*.deb")))
 SYSTEMCTL = "/usr/bin/systemctl"
 RUNTIME = Path("/run/sendense-restore")
 STATE = Path("/var/lib/sendense-restore")

@@ -36,6 +36,7 @@ from tests.vm.appliance import (
 from tests.vm.polkit import QUESTION, TAKEN_BACK, Ear, rule
 from tests.vm.terminal import terminal
 from tools.lab.vm import backups
+from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -441,7 +442,7 @@ def test_polkit_that_comes_back_is_used(appliance: Appliance, how: str) -> None:
 
 # --- a client of its own --------------------------------------------------------------------------------------------
 
-EXAMPLE = "/srv/project/examples/copy_file.py"
+EXAMPLE = str(MOUNTED / "examples/copy_file.py")
 
 
 def example(appliance: Appliance, target: str) -> tuple[str, ...]:

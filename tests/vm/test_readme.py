@@ -16,11 +16,12 @@ import pytest
 
 from tests.vm.appliance import MANAGER, MEMBER, Appliance, call, mounts, restore, run
 from tests.vm.terminal import terminal
+from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = Path("/srv/project/README.md")
+README = MOUNTED / "README.md"
 PROGRAMS = ("sendense-restore", "busctl")
 HOME = f"/home/{MEMBER}"
 REPOSITORY = Path("/srv/readme")

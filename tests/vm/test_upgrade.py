@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,13 +9,15 @@ import pytest
 from sendense_restored.client import Client
 from tests.vm.appliance import main_pid, output, run
 from tests.vm.watching import Watch, Wished, assert_at_rest, wished
+from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.vm.appliance import Appliance
 
-PACKAGES = Path("/srv/project/packages")
+PACKAGES = MOUNTED / "packages"
 
 
 def version() -> str:
