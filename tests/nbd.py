@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def guarded(guard: int) -> int:
-    """The process id of the program that ``guard`` has in a process namespace (``process.Child``)."""
-    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text(encoding="ascii"))
+    from pathlib import Path
 
 
 class Sysfs:

@@ -18,7 +18,8 @@ from sendense_restored.daemon.host.nbd_socket import connect
 from sendense_restored.daemon.host.process import Tools
 from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.uids import Uids
-from tests.nbd import Sysfs, guarded
+from tests.nbd import Sysfs
+from tools.lab.children import guarded
 
 if TYPE_CHECKING:
     import socket

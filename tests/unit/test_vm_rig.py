@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -279,8 +280,32 @@ def test_what_an_image_is_built_for_removes_what_came_before(tmp_path: Path, mon
     assert found == {made.name, "debian-12-older", "making-12-at-it"}
 
 
+def test_what_the_tests_import_is_on_the_disk() -> None:
+    """Of our own. What a machine cannot import is found out only when it stands, minutes later."""
+    carried = [project.CHECKOUT / part for part in project.PARTS]
+    files = [file for part in carried for file in (part.rglob("*.py") if part.is_dir() else (part,))]
+    wanted = {
+        project.CHECKOUT / f"{name.replace('.', '/')}.py"
+        for file in files
+        if file.suffix == ".py"
+        for name in imports_of(file)
+    }
+    missing = {path for path in wanted if path.exists() and not any(path.is_relative_to(part) for part in carried)}
+    assert wanted
+    assert missing == set()
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The modules of tests and tools that a file imports, or that might be ones; the packages have all others."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tests", "tools")):
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
 def test_a_part_that_is_missing_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(project, "_PARTS", ("README.md", "no-such-part"))
+    monkeypatch.setattr(project, "PARTS", ("README.md", "no-such-part"))
     with pytest.raises(FileNotFoundError, match="no-such-part"):
         project.make_disk(tmp_path / "disk", tmp_path, tmp_path, project.Agenda("13", (), long=False))
 

@@ -34,7 +34,7 @@ from sendense_restored.daemon.host.udev import BlockEvents
 from sendense_restored.daemon.host.workplace import Workplace
 from sendense_restored.daemon.session import Session, Wish
 from sendense_restored.daemon.store import Backup, BackupDisk, Repository
-from tests.nbd import guarded
+from tools.lab.children import guarded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 _SECONDS_TO_END = 10.0
 
@@ -50,3 +50,8 @@ def run(*argv: str, input_text: str | None = None) -> str:
     except subprocess.CalledProcessError as error:
         error.add_note(error.stderr.strip())
         raise
+
+
+def guarded(guard: int) -> int:
+    """The process id of the program that ``guard`` has in a process namespace (``daemon.host.process.Child``)."""
+    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text(encoding="ascii"))

@@ -27,7 +27,8 @@ asyncio_mode = auto
 pythonpath = .
 addopts = -q --strict-markers --import-mode=importlib -p tools.lab.vm.inside -p no:cacheprovider -p no:faulthandler
 """
-_PARTS = ("tests/conftest.py", "tests/vm", "tools/__init__.py", "tools/lab", "README.md", "examples")
+PARTS: Final = ("tests/conftest.py", "tests/vm", "tools/__init__.py", "tools/lab", "README.md", "examples")
+"""Of this checkout, on the disk."""
 
 
 def seconds_for_a_test(*, long: bool) -> float:
@@ -63,7 +64,7 @@ def make_disk(disk: Path, packages: Path, backups: Path, agenda: Agenda) -> None
     """Write the squashfs image ``disk``, with what ``build_packages`` and ``backups.make`` have made."""
     stage = disk.with_suffix(".stage")
     stage.mkdir()
-    for part in _PARTS:
+    for part in PARTS:
         source, target = CHECKOUT / part, stage / part
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
