@@ -12,7 +12,7 @@ import pytest
 from sendense_restored import config
 from sendense_restored.daemon.host import image
 from sendense_restored.daemon.host.attach import REQUIRED_TOOLS
-from sendense_restored.daemon.host.nbd import TOOLS, NbdAttachment
+from sendense_restored.daemon.host.nbd import TOOLS, NbdAttachment, NotWithNbdError
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.nbd_socket import connect
 from sendense_restored.daemon.host.process import Tools
@@ -49,9 +49,10 @@ class Served(NbdAttachment):
 
 
 @pytest.fixture
-async def disk(
+async def unopened(
     tmp_path: Path, small_chain: Path, events: BlockEvents, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Served]:
+    del workplace  # stays until this is closed
     for path in small_chain.parent.glob("*.qcow2"):
         path.chmod(0o600)  # others' files
     monkeypatch.setattr(NbdDevice, "settle", lambda _: None)
@@ -61,13 +62,18 @@ async def disk(
     tools = Tools.find(REQUIRED_TOOLS | {"qemu-nbd": TOOLS["qemu-nbd"]})
     disk = Served(tools, config.parse({}), events, Threads(), pool, Uids(range(61900, 61902)), taken[0])
     try:
-        with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
-            await disk.open(opened, workplace, 0)
         yield disk
-        disk.connection.close()
     finally:
         await disk.close()
         await pool.close()
+
+
+@pytest.fixture
+async def disk(unopened: Served, small_chain: Path, workplace: Workplace) -> AsyncIterator[Served]:
+    with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
+        await unopened.open(opened, workplace, 0)
+    yield unopened
+    unopened.connection.close()
 
 
 async def test_it_ends_with_the_last_connection_and_that_is_noticed(disk: Served) -> None:
@@ -114,3 +120,33 @@ async def test_what_it_has_started_ends_with_it(disk: Served) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_an_image_that_its_storage_opens_to_root_alone_is_not_for_this_way(
+    unopened: Served, small_chain: Path, workplace: Workplace
+) -> None:
+    """As NFS does with the images of others, whatever capabilities one has. Here it is FUSE that does."""
+    place, file = small_chain.with_name("remote.qcow2"), small_chain.with_name("full.qcow2")
+    place.touch()
+    storage = await asyncio.create_subprocess_exec(
+        *(
+            "qemu-storage-daemon",
+            "--blockdev",
+            f"file,node-name=image,filename={file}",
+        ),
+        *("--export", f"fuse,id=image,node-name=image,mountpoint={place},allow-other=off"),
+        *("--chardev", "stdio,id=monitor", "--monitor", "chardev=monitor"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert storage.stdout is not None
+        await storage.stdout.readline()
+        with (
+            image.open_chain(place.parent, place.name, depth=8) as opened,
+            pytest.raises(NotWithNbdError, match="root alone"),
+        ):
+            await unopened.open(opened, workplace, 0)
+    finally:
+        storage.terminate()
+        await storage.wait()

@@ -17,9 +17,10 @@ from sendense_restored import config, errors
 from sendense_restored.daemon.host import attach, nbd, served
 from sendense_restored.daemon.host import image as images
 from sendense_restored.daemon.host.attach import Attacher
-from sendense_restored.daemon.host.nbd import DevicesGoneError, NbdAttachment
+from sendense_restored.daemon.host.nbd import NbdAttachment, NotWithNbdError
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.nbd_socket import connect, listen
+from sendense_restored.daemon.host.process import Completed
 from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.uids import Uids
 from tests.nbd import FakeEvents, Sysfs
@@ -87,6 +88,8 @@ class Host:
     answers: bool = True
     connection: socket.socket | None = None
     """The daemon's to the server."""
+    closed: bool = False
+    """Whether the storage opens images to root alone."""
     uids: Uids = field(default_factory=lambda: Uids(range(7, 13)))
 
     def has(self, name: str) -> bool:
@@ -97,6 +100,13 @@ class Host:
         child = FakeChild(1000 + len(self.children))
         self.children.append(child)
         return child
+
+    async def run(self, jail: Jail, name: str, *arguments: str, **_: object) -> Completed:
+        assert name == "sh", "it asks whether the image can be opened"
+        assert jail.uid == self.started[-1][0].uid, "as the server"
+        assert jail.capabilities == self.started[-1][0].capabilities
+        del arguments
+        return Completed(2 if self.closed else 0, b"", "")
 
     async def spawn_listening(
         self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int]
@@ -337,7 +347,7 @@ async def test_a_client_that_fails_on_a_device_tries_each_once(host: Host, pool:
         child.end(1, "Ioctl NBD_SET_SOCK failed: Device or resource busy")
 
     host.client = [fails, fails, fails]
-    with pytest.raises(DevicesGoneError):
+    with pytest.raises(NotWithNbdError):
         await opened(host, pool, workplace)
     assert host.devices == ["nbd0", "nbd1", "nbd2"]
     assert states(pool) == ["free", "free", "free"]
@@ -623,6 +633,33 @@ async def test_fuse_and_nothing_else_asks_for_no_device(
     assert (choosing.backend, choosing.devices()) == ("fuse", [])
     await attached(choosing, workplace, 1)
     assert FakeFuse.made == 1
+
+
+async def test_an_image_that_its_storage_opens_to_root_alone_goes_through_fuse(
+    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, pool: Pool
+) -> None:
+    host.answers, host.closed = False, True
+    made = await attached(attacher("auto"), workplace, 2)
+    assert [type(each).__name__ for each in made] == ["FakeFuse", "FakeFuse"]
+    assert states(pool) == ["free"] * 3
+    with pytest.raises(errors.NoDevice, match=r"to root alone.*attach\.backend"):
+        await attached(attacher("nbd"), workplace, 1)
+
+
+async def test_what_a_server_says_of_itself_does_not_lead_to_one_that_runs_as_root(
+    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ended(door: int, export: str) -> None:
+        del door, export
+        host.children[0].end(1, "Could not open '/proc/self/fd/9': Permission denied")
+
+    monkeypatch.setattr(nbd, "connect", ended)
+    made: list[Attachment] = []
+    with pytest.raises(errors.ImageRefused):
+        await attacher("auto").attach([cast("Image", FakeImage())], workplace, made)
+    assert FakeFuse.made == 0
+    for each in made:
+        await each.close()
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("auto", "fuse"), ("nbd", "nbd")])

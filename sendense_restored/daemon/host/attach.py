@@ -14,7 +14,7 @@ from sendense_restored import errors
 
 from . import fuse, nbd
 from .fuse import FuseAttachment
-from .nbd import DevicesGoneError, NbdAttachment
+from .nbd import NbdAttachment, NotWithNbdError
 from .nbd_pool import Pool
 from .uids import Uids
 from .workplace import Workplace
@@ -107,11 +107,13 @@ class Attacher:
         if self._pool is not None and (taken := self._pool.take(len(images), workplace.path.name)) is not None:
             try:
                 await self._with_nbd(self._pool, taken, images, workplace, made)
-            except DevicesGoneError:
-                log.warning("no NBD device could be connected; the lines above say why")
+            except NotWithNbdError as error:
+                log.warning("not with NBD: %s", error)
                 while made:
                     await made[-1].close()
                     made.pop()
+                if self._only == "nbd":
+                    raise errors.NoDevice(f"{error}; try again, or have attach.backend set to auto") from None
             else:
                 return
         if self._only == "nbd":
@@ -123,7 +125,7 @@ class Attacher:
                 " see attach.nbd_devices and attach.backend"
             )
         if self._pool is not None:
-            log.info("not enough NBD devices for %d disk(s): FUSE and loop instead", len(images))
+            log.info("%d disk(s) of mount %s: FUSE and loop instead of NBD", len(images), workplace.path.name)
         for index, image in enumerate(images):
             attachment = FuseAttachment(*self._parts)
             made.append(attachment)

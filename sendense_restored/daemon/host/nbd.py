@@ -44,7 +44,7 @@ from sendense_restored import errors
 from .loop import LoopDevice
 from .nbd_node import NbdNode, numbers_of, open_node
 from .nbd_socket import connect, listen
-from .process import Jail
+from .process import Jail, ToolError
 from .served import SERVER, Served, refusal
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ _LAST_LOOK = f"""
 shift
 exec "$@"
 """
+# A shell whose redirection fails ends so.
+_NOT_OPENED = 2
+_OPEN = 'for each; do : <"/proc/self/fd/$each"; done'
+_CAPABILITIES = frozenset({"dac_read_search"})
+"""A server's: images may have any owner."""
 _DEVICES = Path("/dev")
 _SERVER_THREADS = 128
 """QEMU has up to 64 that work, and a few more."""
@@ -81,8 +86,8 @@ _GRACE = 2.0
 """Seconds for a client to tidy up whose server has gone."""
 
 
-class DevicesGoneError(Exception):
-    """The devices that were free when they were counted are not any more."""
+class NotWithNbdError(Exception):
+    """This disk cannot be had this way; the message says why."""
 
 
 class NbdAttachment(Served):
@@ -110,8 +115,9 @@ class NbdAttachment(Served):
     async def open(self, image: Image, workplace: Workplace, index: int) -> None:
         """Serve ``image`` as disk ``index`` of the mount that ``workplace`` belongs to; once.
 
-        If somebody takes the device meanwhile, it is another one of the pool. Raises DevicesGoneError if there is
-        none; errors.ImageRefused, Timeout, NoSpace, BackupNotReady or Failed. ``close`` takes away what is left.
+        If somebody takes the device meanwhile, it is another one of the pool. Raises NotWithNbdError if there is
+        none, or if the image is closed to all but root; errors.ImageRefused, Timeout, NoSpace, BackupNotReady or
+        Failed. ``close`` takes away what is left.
         """
         self.size = image.virtual_size
         overlay = await self._make_overlay(workplace, index, owner=self._server_uid)
@@ -121,7 +127,13 @@ class NbdAttachment(Served):
             try:
                 listening, door = listen(directory, f"server-{index}")
                 try:
-                    with await self._start_server(node, fds, workplace, listening, door):
+                    try:
+                        connection = await self._start_server(node, fds, workplace, listening, door)
+                    except errors.ImageRefused:
+                        if await self._is_closed(image):
+                            raise NotWithNbdError("the repository's storage opens the image to root alone") from None
+                        raise
+                    with connection:
                         await self._check_unchanged(image)
                         tried: set[int] = set()
                         while not await self._connect(workplace, directory, door):
@@ -153,7 +165,7 @@ class NbdAttachment(Served):
         jail = replace(
             SERVER,
             uid=self._server_uid,
-            capabilities=frozenset({"dac_read_search"}),
+            capabilities=_CAPABILITIES,
             without=self._places(workplace),
             bare=workplace.path.parent,
             own_processes=True,
@@ -169,6 +181,24 @@ class NbdAttachment(Served):
                 fds=fds,
             )
         return await self._ready(connect(door, _EXPORT))
+
+    async def _is_closed(self, image: Image) -> bool:
+        """Whether no server may open this image, whatever its capabilities: NFS, FUSE and others look at the uid.
+
+        That is asked of the kernel, and not of what the server has said of itself: a hostile image may have taken it
+        over, and would choose a server that runs as root.
+        """
+        jail = Jail(self._server_uid, capabilities=_CAPABILITIES)
+        fds = tuple(layer.fd for layer in image.layers)
+        opening = ("sh", "-euc", _OPEN, "sh", *map(str, fds))
+        try:
+            opened = await self._tools.run(
+                jail, *opening, seconds=self._config.attach.timeout, fds=fds, accept=(0, _NOT_OPENED)
+            )
+        except ToolError as error:
+            log.warning("cannot tell whether the image is closed: %s", error)
+            return False
+        return opened.returncode == _NOT_OPENED
 
     # --- the client ---------------------------------------------------------------------------------------------
 
@@ -226,7 +256,7 @@ class NbdAttachment(Served):
     async def _take_another(self, tried: set[int]) -> None:
         found = self._pool.take(1, self.device.mount, without=tried)
         if found is None:
-            raise DevicesGoneError
+            raise NotWithNbdError("the devices that were free are not any more, or cannot be connected")
         before, self.device = self.device, found[0]
         await self._pool.give_back(before)
 
