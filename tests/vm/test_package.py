@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,10 +128,11 @@ def test_a_reload_takes_the_configuration_over() -> None:
 
 
 def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> None:
-    """A disk that is mounted below the state directory, and what somebody has put in the place of the locks."""
-    theirs = STATE / "overlays/theirs"
-    theirs.parent.mkdir()
-    run("/usr/bin/mount", "-t", "tmpfs", "theirs", theirs.parent)
+    """What is mounted below the state directory, and what somebody has put in the place of the locks."""
+    theirs, elsewhere = STATE / "overlays/theirs", Path("/var/lib/theirs")
+    for directory in (theirs.parent, elsewhere):
+        directory.mkdir()
+    run("/usr/bin/mount", "--bind", elsewhere, theirs.parent)  # of the same file system: rm alone would not see it
     try:
         theirs.touch()
         appliance.mount()
@@ -155,6 +157,7 @@ def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> No
     finally:
         run("/usr/bin/umount", theirs.parent)
         theirs.parent.rmdir()
+        shutil.rmtree(elsewhere)
         apt("install", *PACKAGES)
         known = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")
         restore("catalog", "scan", known["repository_id"], user="root")
