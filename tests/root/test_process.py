@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import signal
 import socket
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored.daemon.host.process import Jail, ToolError, ToolMissingError, Tools
+from tools.lab.children import first_child, guarded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from sendense_restored.daemon.host.process import Child
 
@@ -157,10 +160,19 @@ async def test_a_child_ends_once_and_tells_how(tools: Tools) -> None:
     assert await child.close()
 
 
-@pytest.mark.parametrize("jail", ["Jail(65534)", "Jail(65534, own_processes=True)"])
+@pytest.mark.parametrize(
+    "jail",
+    [
+        "Jail(65534)",
+        "Jail(65534, own_processes=True)",
+        "Jail(65534, frozenset({'dac_read_search'}), own_mounts=True, own_processes=True, bare=Path('/mnt'))",
+    ],
+    ids=["alone", "guarded", "server"],
+)
 async def test_a_program_dies_with_the_one_who_started_it(jail: str) -> None:
     script = f"""
 import asyncio
+from pathlib import Path
 from sendense_restored.daemon.host.process import Jail, Tools
 async def main():
     said = "read -r pid rest </proc/self/stat; echo $pid; exec sleep 1000"
@@ -192,40 +204,43 @@ async def ended(*pidfds: int) -> None:
 # --- a process namespace --------------------------------------------------------------------------------------------
 
 APART = Jail(61994, own_processes=True)
-DETACHED = """
-import os, signal, sys
+HOSTILE = """
+import ctypes, os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG: none
 numbers, tell = os.pipe()
 if not os.fork():
     os.setsid()
     if not os.fork():
         os.write(tell, os.readlink("/proc/self").encode())
-        os.close(tell)
+        os.closerange(0, 10)
         while True:
             signal.pause()
     os._exit(0)
 os.close(tell)
-print(os.getpid(), os.readlink("/proc/self"), os.read(numbers, 100).decode(), flush=True)
+print(os.readlink("/proc/self"), os.read(numbers, 100).decode(), flush=True)
+os.closerange(0, 10)
 while True:
     signal.pause()
 """
-"""A program that starts another one which leaves its session, and tells the numbers of both."""
+"""A program that wants to stay, and starts another one that leaves its session; it tells the numbers of both."""
 
 
 @pytest.fixture
 async def apart(tools: Tools) -> AsyncIterator[tuple[Child, list[int]]]:
-    """A guard, and pidfds of the program and of what that has started."""
-    child = await tools.spawn(APART, PYTHON, "-I", "-c", DETACHED, capture=True)
-    assert child.process.stdout is not None
-    own, *numbers = (await child.process.stdout.readline()).split()
-    assert own == b"1"
-    assert Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text(encoding="ascii").split() == [
-        numbers[0].decode()
-    ]
-    pidfds = [os.pidfd_open(int(number)) for number in numbers]
-    yield child, pidfds
-    await child.close()
-    for pidfd in pidfds:
-        os.close(pidfd)
+    """A guard, and pidfds of the first process, of the program and of what that has started."""
+    child = await tools.spawn(APART, PYTHON, "-I", "-c", HOSTILE, capture=True)
+    pidfds: list[int] = []
+    try:
+        assert child.process.stdout is not None
+        program, other = map(int, (await child.process.stdout.readline()).split())
+        assert program == guarded(child.pid)
+        pidfds += [os.pidfd_open(pid) for pid in (first_child(child.pid), program, other)]
+        yield child, pidfds
+    finally:
+        await child.close()
+        for pidfd in pidfds:
+            os.close(pidfd)
 
 
 def over(pidfd: int) -> bool:
@@ -248,15 +263,98 @@ async def test_a_guard_that_somebody_kills_takes_all_along(apart: tuple[Child, l
     assert await child.wait() == -signal.SIGKILL
 
 
+async def test_a_guard_is_killed_where_there_is_no_descriptor_to_find_its_program(
+    apart: tuple[Child, list[int]],
+) -> None:
+    child, pidfds = apart
+    with no_descriptors():
+        child.kill()
+    await ended(*pidfds)
+    assert await child.wait() == -signal.SIGKILL
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+async def test_a_start_that_is_cancelled_leaves_nothing(tools: Tools, turns: int) -> None:
+    starting = asyncio.create_task(tools.spawn(APART, PYTHON, "-I", "-c", HOSTILE))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert starting.cancelled() or await starting.result().close()
+    assert processes_of(APART.uid) == []
+
+
+def processes_of(uid: int) -> list[str]:
+    """Those that have not ended."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            text = status.read_text(encoding="utf-8", errors="replace")
+            if f"\nUid:\t{uid}\t" in text and "\nState:\tZ" not in text:
+                found.append(text)
+    return found
+
+
 async def test_a_guard_has_the_status_of_its_program(tools: Tools) -> None:
     done = await tools.run(APART, "sh", "-c", "exit 7", seconds=20, accept=(7,))
     assert done.returncode == 7
+    done = await tools.run(APART, "sh", "-c", "kill -TERM $$", seconds=20, accept=(143,))
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 async def test_a_program_can_be_killed_before_its_namespace_stands(tools: Tools) -> None:
     for _ in range(20):
         child = await tools.spawn(APART, "sleep", "1000")
         assert await child.close()
+        assert processes_of(APART.uid) == []
+
+
+@pytest.mark.parametrize("jail", [NOBODY, APART], ids=["alone", "guarded"])
+async def test_a_program_whose_parent_has_gone_does_not_begin(tools: Tools, jail: Jail) -> None:
+    """As it is when the daemon is killed before the parent-death signal was set."""
+    argv = tools.argv(jail, "sh", "-c", "echo begun")
+    other = [each if each != str(os.getpid()) else str(os.getppid()) for each in argv]
+    for command, said in ((argv, b"begun\n"), (other, b"")):
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert (await process.communicate())[0] == said
+
+
+async def test_the_first_process_does_not_begin_without_its_guard(tools: Tools) -> None:
+    argv = tools.argv(APART, "sh", "-c", "echo begun")
+    unguarded = argv[argv.index(tools.paths["prlimit"]) :]
+    for guard, said in ((None, b"begun\n"), ("1", b"")):
+        # The shell becomes what it runs; a guard has its number.
+        script = f'GUARD={guard or "$$"} exec "$@"'
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", script, "sh", *unguarded, stdout=asyncio.subprocess.PIPE
+        )
+        assert (await process.communicate())[0] == said
+
+
+async def test_what_a_program_leaves_behind_does_not_keep_it_from_ending(tools: Tools) -> None:
+    """Whoever holds its standard error, for one."""
+    script = (
+        "import os; os.fork() or (os.setsid(), print(os.getpid(), flush=True), os.execlp('sleep', 'sleep', '1000'))"
+    )
+    child = await tools.spawn(NOBODY, PYTHON, "-I", "-c", script, capture=True)
+    assert child.process.stdout is not None
+    left = int(await child.process.stdout.readline())
+    try:
+        async with asyncio.timeout(60):
+            assert await child.wait() == 0
+    finally:
+        os.kill(left, signal.SIGKILL)
+        await child.process.stdout.read()
 
 
 async def test_a_server_in_a_process_namespace_finds_its_socket(tools: Tools) -> None:
@@ -327,6 +425,11 @@ async def test_a_jail_bounds_the_files_that_are_written(tools: Tools, tmp_path: 
         os.close(descriptor)
 
 
+def test_a_jail_that_could_be_left_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave"):
+        Jail(7, frozenset({"sys_chroot"}), own_mounts=True, bare=tmp_path)
+
+
 @pytest.mark.parametrize("change", ["without", "bare"])
 def test_a_jail_that_would_change_the_daemon_s_own_mounts_cannot_be_made(tmp_path: Path, change: str) -> None:
     with pytest.raises(ValueError, match="the daemon's as well"):
@@ -338,11 +441,11 @@ async def test_a_bare_jail_has_programs_and_nothing_else(tools: Tools, tmp_path:
     os.write(file, b"known\n")
     jail = Jail(61997, capabilities=frozenset({"dac_read_search"}), own_mounts=True, bare=tmp_path)
     writes = "for place in / /usr /proc; do (: >$place/x) 2>/dev/null && echo $place; done"
-    see = f"ls -A /; cat /proc/self/fd/$1; {writes}; :"
+    see = f"[ $PWD = / ] && ls -A / /usr/local; cat /proc/self/fd/$1; {writes}; :"
     try:
         done = await tools.run(jail, "sh", "-c", see, "sh", str(file), seconds=20, fds=[file])
     finally:
         os.close(file)
-    seen = set(done.stdout.decode().split()) - {"lib32", "lib64", "libx32"}
+    seen = set(done.stdout.decode().split()) - {"lib32", "lib64", "libx32", "/:", "/usr/local:"}
     assert seen == {"bin", "lib", "proc", "sbin", "usr", "known"}
     assert [path.name for path in tmp_path.iterdir()] == ["handed over"]

@@ -166,11 +166,11 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
     async def connects(door: int, export: str) -> socket.socket | None:
         del door, export
+        if not host.answers:
+            host.children[-1].end(1, "qemu-nbd: it was refused")
+            return None
         host.connection = socket.socket(socket.AF_UNIX)
-        if host.answers:
-            return host.connection
-        host.connection.close()
-        return None
+        return host.connection
 
     monkeypatch.setattr(served.Served, "_make_overlay", overlay)
     monkeypatch.setattr(images, "blockdev", lambda _: {})
@@ -208,6 +208,8 @@ async def opened(host: Host, pool: Pool, workplace: Workplace, *, seconds: float
     except BaseException:
         await attachment.close()
         raise
+    finally:
+        assert host.connection is None or host.connection.fileno() < 0, "it keeps the server, and is to be let go of"
     return attachment
 
 
@@ -229,8 +231,6 @@ async def test_a_disk_stands_when_the_kernel_shows_client_and_size(
     host.client = [host.connects]
     attachment = await opened(host, pool, workplace)
     assert (attachment.size, host.devices, states(pool)) == (SIZE, ["nbd0"], ["ours", "free", "free"])
-    assert host.connection is not None
-    assert host.connection.fileno() < 0, "the server ends with the client's connection, which is the last"
     assert not attachment.lost.done()
     await taken_down(host, attachment)
     assert states(pool) == ["free", "free", "free"]
@@ -391,9 +391,12 @@ async def test_another_program_that_is_connected_is_not_taken_for_our_client(
 @pytest.mark.parametrize(
     ("said", "kind"),
     [
-        ('Failed to get shared "write" lock', errors.BackupNotReady),
-        ("No space left on device", errors.NoSpace),
-        ("Image is not in qcow2 format", errors.ImageRefused),
+        ('qemu-nbd: Failed to get shared "write" lock', errors.BackupNotReady),
+        ("qemu-nbd: No space left on device", errors.NoSpace),
+        ("qemu-nbd: Image is not in qcow2 format", errors.ImageRefused),
+        ("unshare: unshare failed: No space left on device", errors.Failed),
+        ("mount: /usr: permission denied.", errors.Failed),
+        ("", errors.Failed),
     ],
 )
 async def test_what_the_server_refuses_is_known_before_a_device_is_touched(
@@ -420,7 +423,7 @@ async def test_a_server_that_ends_while_the_client_connects_is_a_refusal_and_no_
 ) -> None:
     def server_ends(child: FakeChild, number: int) -> None:
         del child, number
-        host.children[0].end(1, "I/O error")
+        host.children[0].end(1, "qemu-nbd: I/O error")
 
     host.client = [server_ends]
     with pytest.raises(errors.ImageRefused):
@@ -651,7 +654,7 @@ async def test_what_a_server_says_of_itself_does_not_lead_to_one_that_runs_as_ro
 ) -> None:
     async def ended(door: int, export: str) -> None:
         del door, export
-        host.children[0].end(1, "Could not open '/proc/self/fd/9': Permission denied")
+        host.children[0].end(1, "qemu-nbd: Could not open '/proc/self/fd/9': Permission denied")
 
     monkeypatch.setattr(nbd, "connect", ended)
     made: list[Attachment] = []
@@ -686,7 +689,7 @@ async def test_an_error_of_the_second_disk_leaves_both_to_the_caller_and_no_devi
 ) -> None:
     def server_ends(child: FakeChild, number: int) -> None:
         del child, number
-        host.children[2].end(1, "damaged")
+        host.children[2].end(1, "qemu-nbd: damaged")
 
     host.client = [host.connects, server_ends]
     made: list[Attachment] = []

@@ -64,6 +64,13 @@ def test_the_unit_is_no_more_exposed_than_it_was() -> None:
     assert float(found[1]) <= MOST_EXPOSURE, table
 
 
+def test_no_helper_opens_a_file_by_its_handle() -> None:
+    """Not even with CAP_DAC_READ_SEARCH: what systemd made of the filter, call by call."""
+    allowed = unit(SERVICE, "SystemCallFilter").split()
+    assert {"openat", "mount", "seccomp"} <= set(allowed)
+    assert "open_by_handle_at" not in allowed
+
+
 def test_the_drivers_are_loaded_as_the_package_says() -> None:
     parameters = Path("/sys/module/nbd/parameters")
     assert (parameters / "nbds_max").read_text(encoding="ascii").strip() == "16"

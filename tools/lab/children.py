@@ -53,5 +53,13 @@ def run(*argv: str, input_text: str | None = None) -> str:
 
 
 def guarded(guard: int) -> int:
-    """The process id of the program that ``guard`` has in a process namespace (``daemon.host.process.Child``)."""
-    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text(encoding="ascii"))
+    """The process id of the program that ``guard`` has in a process namespace (``daemon.host.process.Child``).
+
+    It is the child of the first process there, which is the guard's.
+    """
+    return first_child(first_child(guard))
+
+
+def first_child(pid: int) -> int:
+    """The process id of the oldest child of a process. Raises IndexError if it has none."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])

@@ -12,10 +12,10 @@ client's. So the end of a connection is always noticed, also where the client li
 down, without an event, as soon as the client is sent any signal, SIGSTOP for one.
 
 Both children have mount namespaces without the daemon's mounts, and each has a uid that no other process has
-(``attach.uids``), so that a server that a guest has taken over reaches no other. What it starts ends with it, as it
-has a process namespace. It may reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH), but
-finds no file of the host by name except programs. The client needs CAP_SYS_ADMIN for the driver's ioctls, and a node
-of its own for the one device.
+(``attach.uids``), so that a server that a guest has taken over reaches no other. What the server starts ends with it,
+as it has a process namespace. It may reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH),
+but finds no file of the host by name except programs (nor by handle, under the unit's filter of system calls). The
+client needs CAP_SYS_ADMIN for the driver's ioctls, and a node of its own for the one device.
 
 nbd-client sets sizes and clears the socket of whatever device it is given before the kernel has a chance to refuse:
 on a device that somebody connected a moment ago it would do harm. The last look at ``pid`` is therefore taken in its

@@ -18,7 +18,7 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from sendense_restored import errors, names
 
@@ -33,17 +33,21 @@ DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "util-linux", "sh": "dash"}
 # $0 is the daemon's process id: go on only if that is still the parent.
 _WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
-# The same for a guard, and for what it starts in a process namespace, where a parent has no number but in our /proc.
+# The same for the guard of a process namespace, and for the first process in there, whose parent has no number but in
+# our /proc. That one stays root and as it is, while what it runs may be taken over and could ignore a parent's death.
+# Nor does a program expect to be the first, who is safe from most signals and has to wait for orphans.
 _GUARD = '[ "$PPID" = "$0" ] && GUARD=$$ exec "$@"'
-_WITH_GUARD = """
+_FIRST = """
 while read -r key value; do [ "$key" != PPid: ] || break; done </proc/self/status
-[ "$value" = "$GUARD" ] && unset GUARD && exec "$@"
+[ "$value" = "$GUARD" ] || exit
+unset GUARD
+"$@"
+exit $?
 """
+# What this shell would say of one that a signal has ended goes nowhere, its status tells.
+_FIRST_QUIETLY = _FIRST.replace('"$@"', '{ "$@"; } 2>/dev/null')
 # A file that is full is an error (EFBIG) to the program, and not its end.
 _BOUNDED = "trap '' XFSZ"
-# The first process of a namespace is safe from most signals and has to wait for orphans; no program expects to be it.
-# What this shell would say of one that a signal has ended goes nowhere, its status tells.
-_FIRST = '{ "$@"; } 2>/dev/null; exit $?'
 # A session without a terminal gets the one that it opens, unless that has a session; taking it away from one, as root
 # may (TIOCSCTTY), would leave its programs without.
 _ON_TERMINAL = """exec <>/proc/self/fd/0 >&0 2>&0
@@ -67,8 +71,9 @@ mount -i -n -t tmpfs -o nosuid,nodev,noexec,size=64k,mode=0755 sendense "$place"
 mkdir "$place/usr" "$place/proc"
 mount -i -n --rbind /usr "$place/usr"
 mount -i -n --rbind /proc "$place/proc"
+[ ! -d /usr/local ] || mount -i -n -t tmpfs -o ro,nosuid,nodev,noexec,size=4k,mode=0755 sendense "$place/usr/local"
 for path in /bin /sbin /lib*; do [ ! -L "$path" ] || links="$links usr$path"; done
-ln -s $links "$place"
+ln -s -t "$place" -- $links
 exec chroot "$place" "$@"
 """
 # Makes of the standard input what sd_listen_fds(3) looks for. The process stays the same through exec, so $$ is the
@@ -79,6 +84,7 @@ _MOST_OUTPUT = 4 << 20
 # A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
 _GRACE = 5.0
 _LAST_WORDS = 0.5
+_STREAM = 64 << 10
 _STDERR_LINES = 40
 # The event loop itself holds tasks by weak references only.
 _FOLLOWED: set[asyncio.Task[int]] = set()
@@ -122,10 +128,10 @@ class Jail:
     """Places that it lets go of there, with all that is mounted on and below them; ``own_mounts`` only. Needs
     umount(8)."""
     bare: Path | None = None
-    """A directory of root's that its own root directory is made in, with nothing but /usr and /proc; ``own_mounts``
-    only. Not for one with ``sys_chroot``, who leaves it again. Needs mount(8)."""
+    """A directory of root's that its own root directory is made in, with nothing but /usr (without /usr/local) and
+    /proc; ``own_mounts`` only, and not for one who could leave it again. Needs mount(8)."""
     own_processes: bool = False
-    """Whether it is the first process of a namespace (pid_namespaces(7)): all that it has started ends with it."""
+    """Whether it has a process namespace (pid_namespaces(7)): whatever it has started ends with it."""
     memory: int = 512 << 20
     cpu: int | None = 60
     files: int = 256
@@ -136,6 +142,8 @@ class Jail:
     def __post_init__(self) -> None:
         if (self.without or self.bare) and not self.own_mounts:
             raise ValueError("what it lets go of, or mounts, would be the daemon's as well")
+        if self.bare and self.capabilities & {"sys_admin", "sys_chroot", "sys_ptrace"}:
+            raise ValueError("it could leave its root directory")
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,9 @@ class Tools:
             spaces += ["--pid", "--fork", "--kill-child=KILL"]
         if spaces:
             command += [self.paths["unshare"], *spaces, "--"]
+        if jail.own_processes:
+            command += [sh, "-c", _FIRST, "sh"]
+            parent = "1"
         if there := [str(place) for place in jail.without if mountinfo.mounted_on(place) is not None]:
             # While it still may: most programs end up without the right to unmount anything.
             command += [sh, "-euc", _WITHOUT, "sh", *there, "-"]
@@ -211,9 +222,7 @@ class Tools:
         if jail.uid != 0:
             command += [f"--ambient-caps=-all{kept}"]
         command += [f"--reuid={jail.uid}", f"--regid={jail.uid}", "--clear-groups", "--"]
-        last = _WITH_GUARD if jail.own_processes else _WITH_PARENT
-        if jail.file_size is not None:
-            last = f"{_BOUNDED}\n{last}"
+        last = _WITH_PARENT if jail.file_size is None else f"{_BOUNDED}\n{_WITH_PARENT}"
         return [*command, sh, "-c", last, parent, program, *arguments]
 
     async def run(
@@ -291,20 +300,18 @@ class Tools:
         The child is a guard that ends as the program does. The program leads a session on ``terminal`` and is in a
         process namespace: when it or the guard ends, the kernel kills all that it has started.
         """
-        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", self.paths["sh"], "-c", _WITH_PARENT]
+        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", self.paths["sh"], "-c", _GUARD]
         command += [str(os.getpid()), self.paths["unshare"], "--pid", "--fork", "--kill-child=KILL", "--"]
-        command += [self.paths["sh"], "-c", _FIRST, "sh", self.paths["setsid"]]
+        command += [self.paths["sh"], "-c", _FIRST_QUIETLY, "sh", self.paths["setsid"]]
         command += [self.paths["sh"], "-c", _ON_TERMINAL, "sh", self.paths[name], *arguments]
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=terminal,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,  # of the guard; the program has the terminal for all three
-            cwd=directory,
-            env=dict(environment),
-            start_new_session=True,
-        )
-        return Child(Path(name).name, process, guard=True)
+        # Standard error is the guard's; the program has the terminal for all three.
+        options = {
+            "stdin": terminal,
+            "stdout": asyncio.subprocess.DEVNULL,
+            "cwd": directory,
+            "env": dict(environment),
+        }
+        return await Child.start(command, Path(name).name, guard=True, **options)
 
 
 async def _spawn(
@@ -317,17 +324,32 @@ async def _spawn(
     guard: bool = False,
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> Child:
-    process = await asyncio.create_subprocess_exec(
-        *argv,
+    return await Child.start(
+        argv,
+        Path(name).name,
+        guard=guard,
         stdin=stdin,
         stdout=asyncio.subprocess.PIPE if capture else asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
         pass_fds=tuple(fds),
         cwd="/",
         env={"PATH": ":".join(DIRECTORIES), "LC_ALL": "C", **(environment or {})},
-        start_new_session=True,
     )
-    return Child(Path(name).name, process, guard=guard)
+
+
+class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
+    """Tells of the end of the process itself.
+
+    ``Process.wait`` of Python 3.11 waits for the ends of its pipes as well, and what a program has left behind may
+    hold those for ever.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(limit=_STREAM, loop=loop)
+        self.exited: asyncio.Future[None] = loop.create_future()
+
+    def process_exited(self) -> None:
+        super().process_exited()
+        self.exited.set_result(None)
 
 
 @dataclass
@@ -338,14 +360,34 @@ class Child:
     """
 
     name: str
-    process: asyncio.subprocess.Process
+    _transport: asyncio.SubprocessTransport
+    _protocol: _Protocol
     guard: bool = field(default=False, kw_only=True)
-    """Whether the process is the guard of a namespace that the program is in: the parent of its first process, whose
-    end and exit status it shares. If that ends by a signal, the guard's status is not 0, and no more than that:
-    unshare(1) of util-linux before 2.39 fails then."""
+    """Whether the process is the guard of a process namespace: the parent of its first process, which runs the
+    program. It ends when all in there have ended, with the program's exit status, 128 + n after signal n."""
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_STDERR_LINES))
 
+    @classmethod
+    async def start(cls, argv: Sequence[str], name: str, *, guard: bool = False, **options: Any) -> Self:  # noqa: ANN401
+        """Start a process in a session of its own; ``options`` are those of ``subprocess.Popen``. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        starting = asyncio.ensure_future(
+            loop.subprocess_exec(
+                lambda: _Protocol(loop), *argv, stderr=asyncio.subprocess.PIPE, start_new_session=True, **options
+            )
+        )
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The library would kill this one process, and a guard would end before what it guards.
+            await asyncio.wait({starting})
+            if not starting.cancelled() and starting.exception() is None:
+                await cls(name, *starting.result(), guard=guard).close()
+            raise
+        return cls(name, *starting.result(), guard=guard)
+
     def __post_init__(self) -> None:
+        self.process = asyncio.subprocess.Process(self._transport, self._protocol, asyncio.get_running_loop())
         self._ended = asyncio.create_task(self._follow(), name=f"{self.name}[{self.pid}]")
         _FOLLOWED.add(self._ended)
         self._ended.add_done_callback(_FOLLOWED.discard)
@@ -367,12 +409,16 @@ class Child:
 
     async def _follow(self) -> int:
         reading = asyncio.create_task(self._read_stderr(), name=f"stderr of {self.name}[{self.pid}]")
-        status = await self.process.wait()
+        await self._protocol.exited
+        status = self.process.returncode
+        assert status is not None
         # The last that it wrote is there already. The pipe's end need not be: a process that it has left behind may
         # hold the other side for ever.
         await asyncio.wait({reading}, timeout=_LAST_WORDS)
         reading.cancel()
         await asyncio.wait({reading})
+        if (pipe := self._transport.get_pipe_transport(2)) is not None:
+            pipe.close()
         return status
 
     async def _read_stderr(self) -> None:
@@ -417,7 +463,8 @@ class Child:
     def _kill_guarded(self) -> bool:
         """Kill the first process of the namespace, if there is one yet.
 
-        It ends after all others in there, and the guard after it; killed itself, the guard would not wait for them.
+        It ends after all others in there, and the guard after it. Killed itself, the guard would take them along, and
+        not wait for that.
         """
         listing = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         try:
@@ -431,6 +478,8 @@ class Child:
                     os.close(pidfd)
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has just ended, and the guard is about to
+        except OSError as error:  # no descriptors left
+            log.warning("killing the guard of %s[%d] in the place of its program: %s", self.name, self.pid, error)
         return False
 
     async def close(self) -> bool:

@@ -190,9 +190,12 @@ class Served:
 
 def refusal(server: Child) -> errors.RestoreError:
     """What an image server that did not come up means for the caller; the details go to the journal."""
-    log.error("image server ended while starting: %s", server.stderr)
-    if "Failed to get" in server.stderr and "lock" in server.stderr:
+    log.error("image server ended while starting: %s", server.stderr or "(no message)")
+    said = "\n".join(line for line in server.stderr.split("\n") if line.startswith("qemu-"))
+    if not said:  # its jail could not be made, or it was killed: no fault of the image's
+        return errors.Failed("the image server did not start; the service's journal has the details")
+    if "Failed to get" in said and "lock" in said:
         return errors.BackupNotReady("the backup is being written by another program; try again when it is done")
-    if any(reason in server.stderr for reason in _FULL):
+    if any(reason in said for reason in _FULL):
         return errors.NoSpace("the overlay does not fit; raise attach.overlay_size")
     return errors.ImageRefused("QEMU cannot open the image; check the chain with 'qemu-img check'")
