@@ -140,6 +140,7 @@ async def test_killed_with_mounts_of_which_one_is_held(
 # --- copies of one machine ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_file_system_is_mounted_again_while_it_still_drains(
     appliance: Appliance, client: Client, held: list[int]
 ) -> None:
@@ -228,6 +229,7 @@ async def test_one_that_was_stopped_is_started_by_a_call(appliance: Appliance, c
 # --- what it depends on ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_it_ends_with_the_message_bus_and_comes_back(
     appliance: Appliance, client: Client, watch: Watch
 ) -> None:

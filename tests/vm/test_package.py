@@ -77,6 +77,7 @@ def test_the_drivers_are_loaded_as_the_package_says() -> None:
     assert (parameters / "max_part").read_text(encoding="ascii").strip() == "31"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("appliance")
 def test_nobody_starts_what_is_disabled() -> None:
     run(SYSTEMCTL, "disable", "--now", SERVICE)
@@ -134,6 +135,7 @@ def test_a_reload_takes_the_configuration_over() -> None:
     assert main_pid() == pid
 
 
+@pytest.mark.long
 def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> None:
     """What is mounted below the state directory, and what somebody has put in the place of the locks."""
     theirs, elsewhere = STATE / "overlays/theirs", Path("/var/lib/theirs")

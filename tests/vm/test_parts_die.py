@@ -128,7 +128,8 @@ async def test_a_client_that_is_stopped_fails_its_mount(two: Two, held: list[int
     await two.unmounted()
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.long
+@pytest.mark.parametrize("part", ["server", "client", "reader"])
 async def test_one_that_hangs_does_not_keep_its_mount_from_being_forced(two: Two, held: list[int], part: str) -> None:
     held.append((await two.client.open_file(two.victim, LARGE))[0])
     os.kill(two.pid(part), signal.SIGSTOP)

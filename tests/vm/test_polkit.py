@@ -151,6 +151,7 @@ def test_an_administrators_password_lets_somebody_in(appliance: Appliance) -> No
     not_mounted(appliance.backups[-1], STRANGER)
 
 
+@pytest.mark.long
 def test_a_wrong_password_does_not(appliance: Appliance) -> None:
     with terminal(STRANGER, *mount_call(appliance.backups[-1]), "0") as there:
         there.asked()
@@ -162,6 +163,7 @@ def test_a_wrong_password_does_not(appliance: Appliance) -> None:
     assert mounts() == []
 
 
+@pytest.mark.long
 def test_whoever_gives_up_is_not_asked_any_longer(appliance: Appliance) -> None:
     command = (*mount_call(appliance.backups[-1]), "0")
     with Ear(TAKEN_BACK) as ear, terminal(STRANGER, *command) as there:
@@ -214,6 +216,7 @@ def test_members_have_no_say_about_others(appliance: Appliance) -> None:
     assert set(mounts()) == {own, others}
 
 
+@pytest.mark.long
 def test_an_administrators_password_opens_what_others_have_opened(appliance: Appliance) -> None:
     others = appliance.mount(user="root")
     command = (*BUSCTL, *mount_object(others), "GetFileInfo", "sa{sv}", HOSTNAME, "0")
@@ -244,6 +247,7 @@ def test_a_site_gives_one_machine_to_somebody(appliance: Appliance, other_vm: st
     not_mounted(other_vm, STRANGER)
 
 
+@pytest.mark.long
 def test_a_site_takes_one_machine_from_the_group(appliance: Appliance, other_vm: str) -> None:
     before = mount(other_vm, MEMBER)
     deny = f"""polkit.addRule(function (action, subject) {{
@@ -324,6 +328,7 @@ def asker() -> Iterator[Asker]:
         program.stdin.close()
 
 
+@pytest.mark.long
 def test_a_yes_is_reused_for_a_moment(appliance: Appliance) -> None:  # noqa: ARG001
     polkit.wake()
     process = polkit.pid()
@@ -338,6 +343,7 @@ def test_a_yes_is_reused_for_a_moment(appliance: Appliance) -> None:  # noqa: AR
     pytest.fail("the machine is too slow for this")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("before", ["running", "restarted"])
 def test_a_yes_is_dropped_when_polkit_says_that_something_has_changed(
     appliance: Appliance,  # noqa: ARG001
@@ -361,6 +367,7 @@ def test_a_yes_is_dropped_when_polkit_says_that_something_has_changed(
 # --- polkit does not work -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_without_polkit_only_root_gets_in(appliance: Appliance) -> None:
     mounted = appliance.mount(user=MEMBER)
     with polkit.masked():
@@ -398,6 +405,7 @@ def test_while_polkit_hangs_others_are_refused_and_root_is_answered_meanwhile(
     pytest.fail("root was never answered before the one that waits for polkit")
 
 
+@pytest.mark.long
 def test_a_slow_polkit_is_waited_for(appliance: Appliance) -> None:  # noqa: ARG001
     polkit.wake()
     process = polkit.pid()
@@ -429,6 +437,7 @@ def waiting(*command: str, user: str) -> Iterator[subprocess.Popen[str]]:
             program.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_polkit_that_comes_back_is_used(appliance: Appliance, how: str) -> None:
     mounted = appliance.mount(user=MEMBER)
@@ -457,6 +466,7 @@ def test_the_example_works_without_a_password_for_members(appliance: Appliance) 
     run("/bin/rm", target)
 
 
+@pytest.mark.long
 def test_the_example_works_with_a_password_for_others(appliance: Appliance) -> None:
     target = f"/home/{STRANGER}/restored"
     with terminal(STRANGER, *example(appliance, target)) as there:
@@ -469,6 +479,7 @@ def test_the_example_works_with_a_password_for_others(appliance: Appliance) -> N
     run("/bin/rm", target)
 
 
+@pytest.mark.long
 def test_the_example_says_what_was_refused(appliance: Appliance) -> None:
     done = run(*example(appliance, f"/home/{STRANGER}/restored"), user=STRANGER, check=False)
     assert done.returncode == 1

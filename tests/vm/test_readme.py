@@ -71,6 +71,7 @@ def repository(appliance: Appliance) -> Iterator[None]:
     shutil.rmtree(REPOSITORY)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("repository")
 def test_the_command_line() -> None:
     # The names that the machine has something of already are other ones here.

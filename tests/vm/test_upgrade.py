@@ -43,6 +43,7 @@ def newer(tmp_path: Path) -> Iterator[Path]:
     assert version() == before
 
 
+@pytest.mark.long
 async def test_mounts_outlive_an_upgrade(appliance: Appliance, newer: Path) -> None:
     async with await Client.connect() as client, Watch.open() as watch:
         mounts = [
