@@ -143,7 +143,7 @@ class LimitReached(RestoreError):
 
 
 class NoDevice(RestoreError):
-    """No block device is free."""
+    """No block device is free, or none can be used for this image."""
 
     http_status, exit_code = 503, 12
 

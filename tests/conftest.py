@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
+    config.addinivalue_line("markers", "long: minutes, or in a machine what another one has asked; with --long only")
     # A shell without job control has what it starts in the background ignore this signal, and that is inherited; the
     # programs that are tested are a user's at a terminal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: --long"))
+                item.add_marker(pytest.mark.skip(reason="long: --long"))
 
 
 def _close_spare_loop() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sendense_restored.daemon.host.udev import BlockEvents
 
 
-class Served(NbdAttachment):
+class WithoutDevice(NbdAttachment):
     """With a connection of the test's in the place of the kernel's."""
 
     connection: socket.socket
@@ -55,7 +55,7 @@ class Served(NbdAttachment):
 @pytest.fixture
 async def unopened(
     tmp_path: Path, small_chain: Path, events: BlockEvents, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Served]:
+) -> AsyncIterator[WithoutDevice]:
     del workplace  # stays until this is closed
     for path in small_chain.parent.glob("*.qcow2"):
         path.chmod(0o600)  # others' files
@@ -64,7 +64,7 @@ async def unopened(
     taken = pool.take(1, "m")
     assert taken is not None
     tools = Tools.find(REQUIRED_TOOLS | {"qemu-nbd": TOOLS["qemu-nbd"]})
-    disk = Served(tools, config.parse({}), events, Threads(), pool, Uids(range(61900, 61902)), taken[0])
+    disk = WithoutDevice(tools, config.parse({}), events, Threads(), pool, Uids(range(61900, 61902)), taken[0])
     try:
         yield disk
     finally:
@@ -73,21 +73,21 @@ async def unopened(
 
 
 @pytest.fixture
-async def disk(unopened: Served, small_chain: Path, workplace: Workplace) -> AsyncIterator[Served]:
+async def disk(unopened: WithoutDevice, small_chain: Path, workplace: Workplace) -> AsyncIterator[WithoutDevice]:
     with image.open_chain(small_chain.parent, small_chain.name, depth=8) as opened:
         await unopened.open(opened, workplace, 0)
     yield unopened
     unopened.connection.close()
 
 
-async def test_it_ends_with_the_last_connection_and_that_is_noticed(disk: Served) -> None:
+async def test_it_ends_with_the_last_connection_and_that_is_noticed(disk: WithoutDevice) -> None:
     assert not disk.lost.done()
     disk.connection.close()
     async with asyncio.timeout(60):
         assert "image server ended" in await disk.lost
 
 
-async def test_it_sees_no_file_of_the_host_but_programs_and_has_processes_of_its_own(disk: Served) -> None:
+async def test_it_sees_no_file_of_the_host_but_programs_and_has_processes_of_its_own(disk: WithoutDevice) -> None:
     root = Path(f"/proc/{disk.server}/root")
     assert {each.name for each in root.iterdir()} - {"lib32", "lib64", "libx32"} == {
         "bin",
@@ -101,14 +101,14 @@ async def test_it_sees_no_file_of_the_host_but_programs_and_has_processes_of_its
     assert "\nUid:\t61900\t61900\t61900\t61900\n" in status
 
 
-async def test_it_holds_no_mount_of_the_daemon(disk: Served, workplace: Workplace) -> None:
+async def test_it_holds_no_mount_of_the_daemon(disk: WithoutDevice, workplace: Workplace) -> None:
     """Else its death could take the daemon's mounts down, and wait there for itself."""
     theirs = Path(f"/proc/{disk.server}/mountinfo").read_text(encoding="utf-8")
     assert f" {workplace.path} " in Path("/proc/self/mountinfo").read_text(encoding="utf-8")
     assert f" {workplace.path} " not in theirs
 
 
-async def test_what_it_has_started_ends_with_it(disk: Served) -> None:
+async def test_what_it_has_started_ends_with_it(disk: WithoutDevice) -> None:
     """As a program would that has taken it over."""
     entered = ("nsenter", f"--target={disk.server}", "--pid", "--", "setsid", "sh", "-c", "echo; exec sleep 1000")
     process = await asyncio.create_subprocess_exec(*entered, stdout=asyncio.subprocess.PIPE)
@@ -126,11 +126,12 @@ async def test_what_it_has_started_ends_with_it(disk: Served) -> None:
 
 
 async def test_an_image_that_its_storage_opens_to_root_alone_is_not_for_this_way(
-    unopened: Served, small_chain: Path, workplace: Workplace
+    unopened: WithoutDevice, small_chain: Path, workplace: Workplace
 ) -> None:
     """As NFS does with the images of others, whatever capabilities one has. Here it is FUSE that does."""
     place, file = small_chain.with_name("remote.qcow2"), small_chain.with_name("full.qcow2")
     place.touch()
+    # In this order: the monitor greets when the export stands.
     storage = await asyncio.create_subprocess_exec(
         *(
             "qemu-storage-daemon",

@@ -88,8 +88,8 @@ class Host:
     answers: bool = True
     connection: socket.socket | None = None
     """The daemon's to the server."""
-    closed: bool = False
-    """Whether the storage opens images to root alone."""
+    closed: str = ""
+    """What the kernel says when the server's uid opens the image."""
     uids: Uids = field(default_factory=lambda: Uids(range(7, 13)))
 
     def has(self, name: str) -> bool:
@@ -106,7 +106,9 @@ class Host:
         assert jail.uid == self.started[-1][0].uid, "as the server"
         assert jail.capabilities == self.started[-1][0].capabilities
         del arguments
-        return Completed(2 if self.closed else 0, b"", "")
+        if not self.closed:
+            return Completed(0, b"", "")
+        return Completed(nbd.NOT_OPENED, b"", f"sh: 1: cannot open /proc/self/fd/9: {self.closed}")
 
     async def spawn_listening(
         self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int]
@@ -641,12 +643,35 @@ async def test_fuse_and_nothing_else_asks_for_no_device(
 async def test_an_image_that_its_storage_opens_to_root_alone_goes_through_fuse(
     host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, pool: Pool
 ) -> None:
-    host.answers, host.closed = False, True
+    host.answers, host.closed = False, "Permission denied"
     made = await attached(attacher("auto"), workplace, 2)
     assert [type(each).__name__ for each in made] == ["FakeFuse", "FakeFuse"]
     assert states(pool) == ["free"] * 3
     with pytest.raises(errors.NoDevice, match=r"to root alone.*attach\.backend"):
         await attached(attacher("nbd"), workplace, 1)
+
+
+async def test_an_image_that_its_storage_does_not_read_is_refused(
+    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace
+) -> None:
+    host.answers, host.closed = False, "Stale file handle"
+    made: list[Attachment] = []
+    with pytest.raises(errors.ImageRefused):
+        await attacher("auto").attach([cast("Image", FakeImage())], workplace, made)
+    assert FakeFuse.made == 0
+    for each in made:
+        await each.close()
+
+
+async def test_the_journal_says_why_it_is_not_nbd(
+    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await attached(attacher("auto"), workplace, 4)
+    assert "instead of NBD for mount work: not enough devices are free" in caplog.text
+    host.answers, host.closed = False, "Permission denied"
+    await attached(attacher("auto"), workplace, 1)
+    assert "instead of NBD for mount work: the repository's storage opens the image to root alone" in caplog.text
 
 
 async def test_what_a_server_says_of_itself_does_not_lead_to_one_that_runs_as_root(

@@ -44,7 +44,10 @@ class Two:
             return int((Path("/sys/block") / self._device / "pid").read_text(encoding="ascii"))
         if part == "reader":
             return pid_of(lambda _, command: self.victim in command)
-        return pid_of(lambda pid, _: program(pid) == "qemu-nbd" and self._image in links(pid))
+        # Its guard, and the first process of its namespace, have it on their command lines as well.
+        return pid_of(
+            lambda pid, command: "qemu-nbd" in command and program(pid) == "qemu-nbd" and self._image in links(pid)
+        )
 
     async def read(self, mount: str, path: str = HOSTNAME) -> bytes:
         descriptor, _ = await self.client.open_file(mount, path)

@@ -1,8 +1,8 @@
 """From checked image chains to block devices: NBD where there is enough of it, FUSE and loop where there is not.
 
 Which way a backup takes is decided for all of its disks together, so that one mount has one kind of device: ``nbd``
-has a pool of devices (``nbd_pool``), and a backup whose disks do not all find a free one there goes through ``fuse``,
-unless the configuration wants NBD and nothing else.
+has a pool of devices (``nbd_pool``), and a backup whose disks do not all find a free one there, or one whose storage
+opens images to root alone, goes through ``fuse``, unless the configuration wants NBD and nothing else.
 """
 
 from __future__ import annotations
@@ -104,16 +104,17 @@ class Attacher:
         Each is in ``made`` before anything of it is; the caller closes what is in there, also after an error. Raises
         errors.NoDevice, ImageRefused, BackupNotReady, Timeout, NoSpace or Failed.
         """
+        why = "not enough devices are free"
         if self._pool is not None and (taken := self._pool.take(len(images), workplace.path.name)) is not None:
             try:
                 await self._with_nbd(self._pool, taken, images, workplace, made)
             except NotWithNbdError as error:
-                log.warning("not with NBD: %s", error)
                 while made:
                     await made[-1].close()
                     made.pop()
                 if self._only == "nbd":
-                    raise errors.NoDevice(f"{error}; try again, or have attach.backend set to auto") from None
+                    raise errors.NoDevice(str(error)) from None
+                why = str(error)
             else:
                 return
         if self._only == "nbd":
@@ -125,7 +126,7 @@ class Attacher:
                 " see attach.nbd_devices and attach.backend"
             )
         if self._pool is not None:
-            log.info("%d disk(s) of mount %s: FUSE and loop instead of NBD", len(images), workplace.path.name)
+            log.info("FUSE and loop instead of NBD for mount %s: %s", workplace.path.name, why)
         for index, image in enumerate(images):
             attachment = FuseAttachment(*self._parts)
             made.append(attachment)

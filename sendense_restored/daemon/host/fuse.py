@@ -139,7 +139,7 @@ def _open_export(path: Path) -> int:
 
 
 async def _monitor_answers(monitor: socket.socket) -> bytes | None:
-    """Shake hands with QEMU's monitor (docs/interop/qmp-spec); None if QEMU closes it, which means that it ended.
+    """Shake hands with QEMU's monitor (docs/interop/qmp-spec). What it said; None if it has ended.
 
     Its main loop answers only after every option on the command line was carried out, the export among them.
     """

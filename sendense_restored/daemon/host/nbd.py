@@ -35,6 +35,7 @@ import logging
 import math
 import os
 import stat
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -48,7 +49,6 @@ from .process import Jail, ToolError
 from .served import SERVER, Served, refusal
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
 
     from sendense_restored.config import Config
@@ -73,9 +73,17 @@ _LAST_LOOK = f"""
 shift
 exec "$@"
 """
-# A shell whose redirection fails ends so.
-_NOT_OPENED = 2
+NOT_OPENED: Final = 2
+"""How a shell ends whose redirection fails; it says why."""
 _OPEN = 'for each; do : <"/proc/self/fd/$each"; done'
+_CLOSED = (
+    "the repository's storage opens the image to root alone; give others the right to read it, or have attach.backend"
+    " set to auto"
+)
+_GONE = (
+    "the NBD devices that were free are not any more, or cannot be connected; try again, or have attach.backend set"
+    " to auto"
+)
 _CAPABILITIES = frozenset({"dac_read_search"})
 """A server's: images may have any owner."""
 _DEVICES = Path("/dev")
@@ -87,7 +95,7 @@ _GRACE = 2.0
 
 
 class NotWithNbdError(Exception):
-    """This disk cannot be had this way; the message says why."""
+    """This disk cannot be had this way; the message says why, and what to do if there is no other way."""
 
 
 class NbdAttachment(Served):
@@ -121,30 +129,28 @@ class NbdAttachment(Served):
         """
         self.size = image.virtual_size
         overlay = await self._make_overlay(workplace, index, owner=self._server_uid)
-        try:
+        with ExitStack() as held:
+            held.callback(os.close, overlay)
             node, fds = self._chain(image, overlay)
             directory = os.open(workplace.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, directory)
+            listening, door = listen(directory, f"server-{index}")
+            held.callback(os.close, door)
+            with listening:
+                await self._start_server(node, fds, workplace, listening.fileno())
+            # From here on only the server and its guards have the socket. They end with it, and so does our waiting.
             try:
-                listening, door = listen(directory, f"server-{index}")
-                try:
-                    try:
-                        connection = await self._start_server(node, fds, workplace, listening, door)
-                    except errors.ImageRefused:
-                        if await self._is_closed(image):
-                            raise NotWithNbdError("the repository's storage opens the image to root alone") from None
-                        raise
-                    with connection:
-                        await self._check_unchanged(image)
-                        tried: set[int] = set()
-                        while not await self._connect(workplace, directory, door):
-                            tried.add(self.device.number)
-                            await self._take_another(tried)
-                finally:
-                    os.close(door)
-            finally:
-                os.close(directory)
-        finally:
-            os.close(overlay)
+                connection = await self._ready(connect(door, _EXPORT))
+            except errors.ImageRefused:
+                if await self._is_closed(image):
+                    raise NotWithNbdError(_CLOSED) from None
+                raise
+            held.enter_context(connection)
+            await self._check_unchanged(image)
+            tried: set[int] = set()
+            while not await self._connect(workplace, directory, door):
+                tried.add(self.device.number)
+                await self._take_another(tried)
         await self._ask(self.device.settle, lambda _: None)
         log.info("%s serves disk %d of %s", self.device.path, index, self.device.mount)
 
@@ -155,13 +161,8 @@ class NbdAttachment(Served):
         node: dict[str, object],
         fds: tuple[int, ...],
         workplace: Workplace,
-        listening: socket.socket,
-        door: int,
-    ) -> socket.socket:
-        """Start it, and see that it has opened the chain; the connection that keeps it until there is another.
-
-        ``listening`` is closed here, so that only the server has it: if it ends, so do those who wait at ``door``.
-        """
+        listening: int,
+    ) -> None:
         jail = replace(
             SERVER,
             uid=self._server_uid,
@@ -172,33 +173,33 @@ class NbdAttachment(Served):
             processes=_SERVER_THREADS,
             file_size=workplace.overlay_limit,
         )
-        with listening:
-            self._server = await self._tools.spawn_listening(
-                jail,
-                # Two connections: the daemon's, and the client's.
-                *("qemu-nbd", "--shared=2", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
-                listening=listening.fileno(),
-                fds=fds,
-            )
-        return await self._ready(connect(door, _EXPORT))
+        self._server = await self._tools.spawn_listening(
+            jail,
+            # Two connections: the daemon's, and the client's.
+            *("qemu-nbd", "--shared=2", f"--export-name={_EXPORT}", f"json:{json.dumps(node)}"),
+            listening=listening,
+            fds=fds,
+        )
 
     async def _is_closed(self, image: Image) -> bool:
-        """Whether no server may open this image, whatever its capabilities: NFS, FUSE and others look at the uid.
+        """Whether the kernel denies the server's uid an image's layer, whatever its capabilities (NFS and FUSE do).
 
-        That is asked of the kernel, and not of what the server has said of itself: a hostile image may have taken it
-        over, and would choose a server that runs as root.
+        Asked of a shell of ours under that uid, once the server has ended: one that a hostile image has taken over
+        would say whatever leads to a server that runs as root. Any other error than EACCES is no reason.
         """
-        jail = Jail(self._server_uid, capabilities=_CAPABILITIES)
+        if self._server is None or not self._server.ended:
+            return False
+        jail = Jail(self._server_uid, capabilities=_CAPABILITIES, files=SERVER.files)
         fds = tuple(layer.fd for layer in image.layers)
         opening = ("sh", "-euc", _OPEN, "sh", *map(str, fds))
         try:
             opened = await self._tools.run(
-                jail, *opening, seconds=self._config.attach.timeout, fds=fds, accept=(0, _NOT_OPENED)
+                jail, *opening, seconds=self._config.attach.timeout, fds=fds, accept=(0, NOT_OPENED)
             )
         except ToolError as error:
             log.warning("cannot tell whether the image is closed: %s", error)
             return False
-        return opened.returncode == _NOT_OPENED
+        return opened.returncode == NOT_OPENED and "Permission denied" in opened.stderr
 
     # --- the client ---------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class NbdAttachment(Served):
     async def _take_another(self, tried: set[int]) -> None:
         found = self._pool.take(1, self.device.mount, without=tried)
         if found is None:
-            raise NotWithNbdError("the devices that were free are not any more, or cannot be connected")
+            raise NotWithNbdError(_GONE)
         before, self.device = self.device, found[0]
         await self._pool.give_back(before)
 

@@ -39,10 +39,10 @@ def listen(directory: int, name: str) -> tuple[socket.socket, int]:
 
 
 async def connect(door: int, export: str) -> socket.socket | None:
-    """A connection that asks for nothing; None if the server has ended instead.
+    """A connection that asks for nothing; None if the server closes it, which means that it ended.
 
-    QEMU greets when it has opened everything, and ends when its last connection does. The handshake is gone through
-    because QEMU drops those who take more than ten seconds for it.
+    QEMU greets when it has opened everything, and ends when the last of its connections does that has gone through
+    the handshake. That takes ten seconds at most, or it is dropped (QEMU 9.1).
     """
     loop = asyncio.get_running_loop()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -18,7 +18,7 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sendense_restored import errors, names
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "util-linux", "sh": "dash"}
-# $0 is the daemon's process id: go on only if that is still the parent.
+# $0 is the number of the parent that there should be: go on only if that is still the one.
 _WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
 # The same for the guard of a process namespace, and for the first process in there, whose parent has no number but in
 # our /proc. That one stays root and as it is, while what it runs may be taken over and could ignore a parent's death.
@@ -77,17 +77,18 @@ ln -s -t "$place" -- $links
 exec chroot "$place" "$@"
 """
 # Makes of the standard input what sd_listen_fds(3) looks for. The process stays the same through exec, so $$ is the
-# program's own number. Its output goes to /dev/null, open for reading as well, which need not be there by name.
+# program's own number. Its input becomes /dev/null, copied from its output, which is open for both: in a bare root
+# there is none to open.
 _ACTIVATED = 'exec 3<&0 <&1; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 _ACTIVATED_NUMBER = 3
 _MOST_OUTPUT = 4 << 20
 # A killed child ends at once, unless the kernel holds it in an uninterruptible wait for a device or a server.
-_GRACE = 5.0
-_LAST_WORDS = 0.5
-_STREAM = 64 << 10
+_GRACE = 5.0  # seconds
+_LAST_WORDS = 0.5  # seconds
+_STREAM = 64 << 10  # bytes that are read ahead, as asyncio's own function has it
 _STDERR_LINES = 40
 # The event loop itself holds tasks by weak references only.
-_FOLLOWED: set[asyncio.Task[int]] = set()
+_FOLLOWED: set[asyncio.Task[Any]] = set()
 
 
 class ToolMissingError(Exception):
@@ -203,6 +204,8 @@ class Tools:
         if jail.own_mounts:
             spaces += ["--mount", "--propagation=slave"]
         if jail.own_processes:
+            # System V objects outlive who made them, and belong to a uid that others get.
+            spaces.append("--ipc")
             command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", sh, "-c", _GUARD, parent, *command]
             spaces += ["--pid", "--fork", "--kill-child=KILL"]
         if spaces:
@@ -216,7 +219,7 @@ class Tools:
         if jail.bare is not None:
             command += [sh, "-euc", _BARE, "sh", str(jail.bare)]
         kept = "".join(f",+{capability}" for capability in sorted(jail.capabilities))
-        # From here on the daemon's death kills it; one that came earlier is found out by the last link of the chain.
+        # From here on its parent's death kills it; one that came earlier is found out by the last link of the chain.
         command += [self.paths["setpriv"], "--no-new-privs", "--pdeathsig=KILL", f"--bounding-set=-all{kept}"]
         command.append(f"--inh-caps=-all{kept}")
         if jail.uid != 0:
@@ -305,13 +308,15 @@ class Tools:
         command += [self.paths["sh"], "-c", _FIRST_QUIETLY, "sh", self.paths["setsid"]]
         command += [self.paths["sh"], "-c", _ON_TERMINAL, "sh", self.paths[name], *arguments]
         # Standard error is the guard's; the program has the terminal for all three.
-        options = {
-            "stdin": terminal,
-            "stdout": asyncio.subprocess.DEVNULL,
-            "cwd": directory,
-            "env": dict(environment),
-        }
-        return await Child.start(command, Path(name).name, guard=True, **options)
+        return await Child.start(
+            command,
+            Path(name).name,
+            guard=True,
+            stdin=terminal,
+            stdout=asyncio.subprocess.DEVNULL,
+            cwd=directory,
+            env=dict(environment),
+        )
 
 
 async def _spawn(
@@ -340,7 +345,7 @@ class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
     """Tells of the end of the process itself.
 
     ``Process.wait`` of Python 3.11 waits for the ends of its pipes as well, and what a program has left behind may
-    hold those for ever.
+    hold those for ever. ``create_subprocess_exec`` takes no protocol, so ``Child.start`` does what it does.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -349,7 +354,18 @@ class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
 
     def process_exited(self) -> None:
         super().process_exited()
-        self.exited.set_result(None)
+        if not self.exited.done():  # whoever waited has been cancelled, with all tasks
+            self.exited.set_result(None)
+
+
+_Followed = TypeVar("_Followed", bound="asyncio.Task[Any]")
+
+
+def _followed(task: _Followed) -> _Followed:
+    """Hold a task to its end."""
+    _FOLLOWED.add(task)
+    task.add_done_callback(_FOLLOWED.discard)
+    return task
 
 
 @dataclass
@@ -369,7 +385,10 @@ class Child:
 
     @classmethod
     async def start(cls, argv: Sequence[str], name: str, *, guard: bool = False, **options: Any) -> Self:  # noqa: ANN401
-        """Start a process in a session of its own; ``options`` are those of ``subprocess.Popen``. Raises OSError."""
+        """Start a process in a session of its own; ``options`` are those of ``subprocess.Popen``.
+
+        Raises OSError. Cancelling ends what was started, and returns when that has ended, as ``close`` does.
+        """
         loop = asyncio.get_running_loop()
         starting = asyncio.ensure_future(
             loop.subprocess_exec(
@@ -379,22 +398,29 @@ class Child:
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The library would kill this one process, and a guard would end before what it guards.
-            await asyncio.wait({starting})
-            if not starting.cancelled() and starting.exception() is None:
-                await cls(name, *starting.result(), guard=guard).close()
+            # The library would kill this one process, and a guard would end before what it guards. In a task, because
+            # the caller may be cancelled once more.
+            await asyncio.wait(
+                {_followed(asyncio.create_task(cls._end(starting, name, guard=guard), name=f"end {name}"))}
+            )
             raise
         return cls(name, *starting.result(), guard=guard)
 
+    @classmethod
+    async def _end(
+        cls, starting: asyncio.Future[tuple[asyncio.SubprocessTransport, _Protocol]], name: str, *, guard: bool
+    ) -> None:
+        await asyncio.wait({starting})
+        if starting.exception() is None:
+            await cls(name, *starting.result(), guard=guard).close()
+
     def __post_init__(self) -> None:
         self.process = asyncio.subprocess.Process(self._transport, self._protocol, asyncio.get_running_loop())
-        self._ended = asyncio.create_task(self._follow(), name=f"{self.name}[{self.pid}]")
-        _FOLLOWED.add(self._ended)
-        self._ended.add_done_callback(_FOLLOWED.discard)
+        self._ended = _followed(asyncio.create_task(self._follow(), name=f"{self.name}[{self.pid}]"))
 
     @property
     def pid(self) -> int:
-        """Its process id, or its guard's: the jail's tools replace each other by exec, so it is the program's own."""
+        """The program's process id, as the jail's tools replace each other by exec; of a guarded one, the guard's."""
         return self.process.pid
 
     @property
@@ -417,8 +443,6 @@ class Child:
         await asyncio.wait({reading}, timeout=_LAST_WORDS)
         reading.cancel()
         await asyncio.wait({reading})
-        if (pipe := self._transport.get_pipe_transport(2)) is not None:
-            pipe.close()
         return status
 
     async def _read_stderr(self) -> None:
@@ -444,7 +468,10 @@ class Child:
         return b"".join(parts)
 
     async def wait(self) -> int:
-        """Its exit status, negative for a signal (as subprocess has it). Cancelling does not touch the program."""
+        """Its exit status; after a signal -n, as subprocess has it, or 128 + n if it is guarded.
+
+        Cancelling does not touch the program.
+        """
         return await asyncio.shield(self._ended)
 
     async def ends_within(self, seconds: float) -> bool:
@@ -473,12 +500,13 @@ class Child:
                 try:
                     if pid in listing.read_text(encoding="ascii").split():  # it is still the same one
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        os.kill(self.pid, signal.SIGCONT)  # a guard that somebody has stopped would not wait for it
                         return True
                 finally:
                     os.close(pidfd)
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has just ended, and the guard is about to
-        except OSError as error:  # no descriptors left
+        except OSError as error:  # most likely no descriptors are left
             log.warning("killing the guard of %s[%d] in the place of its program: %s", self.name, self.pid, error)
         return False
 
@@ -489,6 +517,8 @@ class Child:
         background then, however long that takes.
         """
         self.kill()
+        # Nobody reads from it any more, and what it has left behind may hold the other sides of its pipes for ever.
+        self._ended.add_done_callback(lambda _: self._transport.close())
         # asyncio.wait leaves the task alone if the caller is cancelled: an unwaited child would stay as a zombie.
         await asyncio.wait({self._ended}, timeout=_GRACE)
         if not self.ended:

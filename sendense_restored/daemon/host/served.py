@@ -118,7 +118,8 @@ class Served:
     async def _ready(self, answer: Awaitable[_T | None]) -> _T:
         """Wait until the server answers, which it does when it has opened everything; it is watched from then on.
 
-        Raises errors.Timeout; or what it means that the server has ended, where the answer is None.
+        Returns what ``answer`` does. Raises errors.Timeout, or, if that is None, what ``refusal`` makes of the
+        server, which is closed then.
         """
         assert self._server is not None
         try:
@@ -189,11 +190,13 @@ class Served:
 
 
 def refusal(server: Child) -> errors.RestoreError:
-    """What an image server that did not come up means for the caller; the details go to the journal."""
-    log.error("image server ended while starting: %s", server.stderr or "(no message)")
+    """What it means for the caller that an image server ended before its disk was there; logs the details."""
+    log.error("image server ended before its disk was there: %s", server.stderr or "(no message)")
     said = "\n".join(line for line in server.stderr.split("\n") if line.startswith("qemu-"))
     if not said:  # its jail could not be made, or it was killed: no fault of the image's
-        return errors.Failed("the image server did not start; the service's journal has the details")
+        return errors.Failed(
+            "the image server ended before its disk was there; the service's journal has the details"
+        )
     if "Failed to get" in said and "lock" in said:
         return errors.BackupNotReady("the backup is being written by another program; try again when it is done")
     if any(reason in said for reason in _FULL):
