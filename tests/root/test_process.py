@@ -299,7 +299,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(
         return started
 
     monkeypatch.setattr(loop, "subprocess_exec", slowly)
-    script = f"import os; os.write({telling}, b'.')\n{HOSTILE}"
+    script = HOSTILE.replace("print(", f"os.write({telling}, b'.'); print(", 1)
     starting = asyncio.create_task(tools.spawn(APART, PYTHON, "-I", "-c", script, fds=(telling,)))
     await began.wait()
     for _ in range(times):
@@ -346,15 +346,22 @@ async def test_a_guard_has_the_status_of_its_program(tools: Tools) -> None:
     assert done.returncode == 128 + signal.SIGTERM
 
 
-async def test_a_program_can_be_killed_before_its_namespace_stands(tools: Tools) -> None:
+async def test_a_program_can_be_killed_before_its_namespace_stands(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "unshare"
+    slow.write_text("#!/bin/sh\nexec sleep 1000\n", encoding="utf-8")
+    slow.chmod(0o755)
+    monkeypatch.setitem(cast("dict[str, str]", tools.paths), "unshare", str(slow))
     child = await tools.spawn(APART, "sleep", "1000")
     assert await child.close()
+    assert await child.wait() == -signal.SIGKILL
 
 
-async def test_who_kills_the_guard_before_it_has_seen_the_first_process_kills_both(
+async def test_killing_the_group_of_a_guard_ends_all(
     apart: tuple[Child, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are of one group, and the kernel makes no new process for one that is about to be killed."""
+    """As is done when it has no child yet, and may have one in the next moment."""
     child, pidfds = apart
     monkeypatch.setattr(child, "_kill_guarded", lambda: False)
     assert await child.close()

@@ -20,7 +20,6 @@ from sendense_restored.daemon.host.attach import Attacher
 from sendense_restored.daemon.host.nbd import NbdAttachment, NotWithNbdError
 from sendense_restored.daemon.host.nbd_pool import NbdDevice, Pool
 from sendense_restored.daemon.host.nbd_socket import connect, listen
-from sendense_restored.daemon.host.process import Completed
 from sendense_restored.daemon.host.threads import Threads
 from sendense_restored.daemon.host.uids import Uids
 from tests.nbd import FakeEvents, Sysfs
@@ -101,15 +100,6 @@ class Host:
         self.children.append(child)
         return child
 
-    async def run(self, jail: Jail, name: str, *arguments: str, **_: object) -> Completed:
-        assert name == "sh", "it asks whether the image can be opened"
-        assert jail.uid == self.started[-1][0].uid, "as the server"
-        assert jail.capabilities == self.started[-1][0].capabilities
-        del arguments
-        if not self.closed:
-            return Completed(0, b"", "")
-        return Completed(nbd.NOT_OPENED, b"", f"sh: 1: cannot open /proc/self/fd/9: {self.closed}")
-
     async def spawn_listening(
         self, jail: Jail, name: str, *arguments: str, listening: int, fds: Sequence[int]
     ) -> FakeChild:
@@ -118,7 +108,19 @@ class Host:
         assert fds
         return self._child(jail, (name, *arguments))
 
-    async def spawn(self, jail: Jail, name: str, *arguments: str, fds: Sequence[int], label: str) -> FakeChild:
+    def _asked(self, jail: Jail) -> FakeChild:
+        """A shell that is asked whether the image can be opened."""
+        server = self.started[-1][0]
+        assert (jail.uid, jail.capabilities, jail.own_mounts) == (server.uid, server.capabilities, True)
+        child = FakeChild(3000)
+        if self.closed != "nothing":
+            said = f"sh: 1: cannot open /proc/self/fd/9: {self.closed}" if self.closed else ""
+            child.end(nbd.NOT_OPENED if self.closed else 0, said)
+        return child
+
+    async def spawn(self, jail: Jail, name: str, *arguments: str, fds: Sequence[int], label: str = "") -> FakeChild:
+        if not label:
+            return self._asked(jail)
         assert fds
         assert label == "nbd-client"
         child = self._child(jail, (name, *arguments))
@@ -651,10 +653,11 @@ async def test_an_image_that_its_storage_opens_to_root_alone_goes_through_fuse(
         await attached(attacher("nbd"), workplace, 1)
 
 
+@pytest.mark.parametrize("closed", ["Stale file handle", "nothing"])
 async def test_an_image_that_its_storage_does_not_read_is_refused(
-    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace
+    host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, closed: str
 ) -> None:
-    host.answers, host.closed = False, "Stale file handle"
+    host.answers, host.closed = False, closed
     made: list[Attachment] = []
     with pytest.raises(errors.ImageRefused):
         await attacher("auto").attach([cast("Image", FakeImage())], workplace, made)

@@ -285,10 +285,11 @@ def test_what_the_tests_import_is_on_the_disk() -> None:
     carried = [project.CHECKOUT / part for part in project.PARTS]
     files = [file for part in carried for file in (part.rglob("*.py") if part.is_dir() else (part,))]
     wanted = {
-        project.CHECKOUT / f"{name.replace('.', '/')}.py"
+        project.CHECKOUT / f"{name.replace('.', '/')}{suffix}"
         for file in files
         if file.suffix == ".py"
         for name in imports_of(file)
+        for suffix in (".py", "/__init__.py")
     }
     missing = {path for path in wanted if path.exists() and not any(path.is_relative_to(part) for part in carried)}
     assert wanted
@@ -298,7 +299,9 @@ def test_what_the_tests_import_is_on_the_disk() -> None:
 def imports_of(file: Path) -> Iterator[str]:
     """The modules of tests and tools that a file imports, or that might be ones; the packages have all others."""
     for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tests", "tools")):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if each.name.startswith(("tests", "tools")))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tests", "tools")):
             assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{each.name}" for each in node.names)

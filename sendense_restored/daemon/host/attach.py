@@ -102,7 +102,8 @@ class Attacher:
         """Serve all disks of a mount, in the same way.
 
         Each is in ``made`` before anything of it is; the caller closes what is in there, also after an error. Raises
-        errors.NoDevice, ImageRefused, BackupNotReady, Timeout, NoSpace or Failed.
+        errors.NoDevice, ImageRefused, BackupNotReady, Timeout, NoSpace or Failed; Busy if what was begun with NBD
+        cannot be ended.
         """
         why = "not enough devices are free"
         if self._pool is not None and (taken := self._pool.take(len(images), workplace.path.name)) is not None:
@@ -113,7 +114,7 @@ class Attacher:
                     await made[-1].close()
                     made.pop()
                 if self._only == "nbd":
-                    raise errors.NoDevice(str(error)) from None
+                    raise errors.NoDevice(f"{error}; {error.advice}, or have attach.backend set to auto") from None
                 why = str(error)
             else:
                 return

@@ -1,17 +1,17 @@
 """A disk as an NBD device: an unprivileged ``qemu-nbd``, and ``nbd-client`` that binds it to ``/dev/nbdX``.
 
-The server gets a listening socket that has no name: the daemon makes it, and nobody but its own client can reach it,
-through a descriptor. The daemon connects first: QEMU greets once it has opened the whole chain, so what the server
-refuses is known before any device is touched. The client stays in the foreground, inside
-the ioctl that is the connection (NBD_DO_IT): its death, however it comes, is the disconnection, and can hit no
-connection but its own. That is why closing kills the client, and never runs ``nbd-client -d``, which disconnects
-whoever is on the device by then.
+The server gets a listening socket that has no name: the daemon makes it, and nobody but the daemon and its own client
+can reach it, through a descriptor. The daemon connects first: QEMU greets once it has opened the whole chain, so what
+the server refuses is known before any device is touched. The client stays in the foreground, inside the ioctl that is
+the connection (NBD_DO_IT): its death, however it comes, is the disconnection, and can hit no connection but its own.
+That is why closing kills the client, and never runs ``nbd-client -d``, which disconnects whoever is on the device by
+then.
 
 The server ends with its last connection, which is the daemon's until the client has the device, and then the
 client's. So the end of a connection is always noticed, also where the client lives on: the kernel shuts the device
 down, without an event, as soon as the client is sent any signal, SIGSTOP for one.
 
-Both children have mount namespaces without the daemon's mounts, and each has a uid that no other process has
+Both children have mount namespaces without the daemon's mounts, and each has a uid that no other process has then
 (``attach.uids``), so that a server that a guest has taken over reaches no other. What the server starts ends with it,
 as it has a process namespace. It may reopen images of other owners through ``/proc/self/fd`` (CAP_DAC_READ_SEARCH),
 but finds no file of the host by name except programs (nor by handle, under the unit's filter of system calls). The
@@ -45,7 +45,7 @@ from sendense_restored import errors
 from .loop import LoopDevice
 from .nbd_node import NbdNode, numbers_of, open_node
 from .nbd_socket import connect, listen
-from .process import Jail, ToolError
+from .process import Jail
 from .served import SERVER, Served, refusal
 
 if TYPE_CHECKING:
@@ -76,14 +76,8 @@ exec "$@"
 NOT_OPENED: Final = 2
 """How a shell ends whose redirection fails; it says why."""
 _OPEN = 'for each; do : <"/proc/self/fd/$each"; done'
-_CLOSED = (
-    "the repository's storage opens the image to root alone; give others the right to read it, or have attach.backend"
-    " set to auto"
-)
-_GONE = (
-    "the NBD devices that were free are not any more, or cannot be connected; try again, or have attach.backend set"
-    " to auto"
-)
+_CLOSED = ("the repository's storage opens the image to root alone", "give others the right to read it")
+_GONE = ("the NBD devices that were free are not any more, or cannot be connected", "try again")
 _CAPABILITIES = frozenset({"dac_read_search"})
 """A server's: images may have any owner."""
 _DEVICES = Path("/dev")
@@ -95,7 +89,11 @@ _GRACE = 2.0
 
 
 class NotWithNbdError(Exception):
-    """This disk cannot be had this way; the message says why, and what to do if there is no other way."""
+    """This disk cannot be had this way: ``str()`` says why, ``advice`` what to do for those who want no other."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 class NbdAttachment(Served):
@@ -117,6 +115,7 @@ class NbdAttachment(Served):
         self._server_uid, self._client_uid = uids.take(), uids.take()
         self._lent: tuple[int, ...] = (self._server_uid, self._client_uid)
         self._client: Child | None = None
+        self._asked: Child | None = None
         self._killed = False
         self._node: Path | None = None
 
@@ -142,8 +141,8 @@ class NbdAttachment(Served):
             try:
                 connection = await self._ready(connect(door, _EXPORT))
             except errors.ImageRefused:
-                if await self._is_closed(image):
-                    raise NotWithNbdError(_CLOSED) from None
+                if await self._is_closed(image, workplace):
+                    raise NotWithNbdError(*_CLOSED) from None
                 raise
             held.enter_context(connection)
             await self._check_unchanged(image)
@@ -169,6 +168,7 @@ class NbdAttachment(Served):
             capabilities=_CAPABILITIES,
             without=self._places(workplace),
             bare=workplace.path.parent,
+            own_objects=True,
             own_processes=True,
             processes=_SERVER_THREADS,
             file_size=workplace.overlay_limit,
@@ -181,7 +181,7 @@ class NbdAttachment(Served):
             fds=fds,
         )
 
-    async def _is_closed(self, image: Image) -> bool:
+    async def _is_closed(self, image: Image, workplace: Workplace) -> bool:
         """Whether the kernel denies the server's uid an image's layer, whatever its capabilities (NFS and FUSE do).
 
         Asked of a shell of ours under that uid, once the server has ended: one that a hostile image has taken over
@@ -189,17 +189,19 @@ class NbdAttachment(Served):
         """
         if self._server is None or not self._server.ended:
             return False
-        jail = Jail(self._server_uid, capabilities=_CAPABILITIES, files=SERVER.files)
+        jail = Jail(
+            self._server_uid,
+            capabilities=_CAPABILITIES,
+            own_mounts=True,
+            without=self._places(workplace),
+            files=SERVER.files,
+        )
         fds = tuple(layer.fd for layer in image.layers)
-        opening = ("sh", "-euc", _OPEN, "sh", *map(str, fds))
-        try:
-            opened = await self._tools.run(
-                jail, *opening, seconds=self._config.attach.timeout, fds=fds, accept=(0, NOT_OPENED)
-            )
-        except ToolError as error:
-            log.warning("cannot tell whether the image is closed: %s", error)
+        asked = self._asked = await self._tools.spawn(jail, "sh", "-euc", _OPEN, "sh", *map(str, fds), fds=fds)
+        await asked.ends_within(self._config.attach.timeout)
+        if not await asked.close():
             return False
-        return opened.returncode == NOT_OPENED and "Permission denied" in opened.stderr
+        return await asked.wait() == NOT_OPENED and "Permission denied" in asked.stderr
 
     # --- the client ---------------------------------------------------------------------------------------------
 
@@ -217,6 +219,7 @@ class NbdAttachment(Served):
                 self._client_uid,
                 capabilities=frozenset({"sys_admin"}),
                 own_mounts=True,
+                own_objects=True,
                 without=(*self._places(workplace), _DEVICES),
                 memory=64 << 20,
                 cpu=None,
@@ -239,6 +242,7 @@ class NbdAttachment(Served):
             raise errors.Timeout("the device did not appear in time; try again")
         why = "somebody else took it" if await client.wait() == _TAKEN else client.stderr
         log.warning("not using %s: %s", device.path, why)
+        await client.close()
         return False
 
     def _make_node(self, workplace: Workplace) -> None:
@@ -257,7 +261,7 @@ class NbdAttachment(Served):
     async def _take_another(self, tried: set[int]) -> None:
         found = self._pool.take(1, self.device.mount, without=tried)
         if found is None:
-            raise NotWithNbdError(_GONE)
+            raise NotWithNbdError(*_GONE)
         before, self.device = self.device, found[0]
         await self._pool.give_back(before)
 
@@ -303,6 +307,8 @@ class NbdAttachment(Served):
             await self._client.ends_within(_GRACE)
         ended = self._client is None or await self._client.close()
         await self._end_server()
+        if self._asked is not None and not await self._asked.close():
+            raise errors.Busy("an image cannot be let go of, because the repository's storage does not answer")
         # What it waited for may have been the server.
         if not ended and self._client is not None and not await self._client.close():
             raise errors.Busy("the device's client cannot be ended, because the device does not answer")

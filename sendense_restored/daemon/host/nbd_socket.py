@@ -28,7 +28,7 @@ def listen(directory: int, name: str) -> tuple[socket.socket, int]:
             # Whoever has the descriptor may connect, whatever the uid: the daemon itself does, and root that may not
             # override permissions (the unit's capabilities) is one user among others.
             os.chmod(f"/proc/self/fd/{door}", 0o666)  # noqa: PTH101, S103
-            listening.listen(2)
+            listening.listen(2)  # the daemon's connection and the client's
         except BaseException:
             os.close(door)
             raise

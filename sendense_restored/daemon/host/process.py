@@ -35,7 +35,8 @@ _JAIL_TOOLS = {"prlimit": "util-linux", "setpriv": "util-linux", "unshare": "uti
 _WITH_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
 # The same for the guard of a process namespace, and for the first process in there, whose parent has no number but in
 # our /proc. That one stays root and as it is, while what it runs may be taken over and could ignore a parent's death.
-# Nor does a program expect to be the first, who is safe from most signals and has to wait for orphans.
+# Nor does a program expect to be the first, who is safe from most signals and has to wait for orphans. That it says
+# "exit" is what keeps the shell there: its last command would take its place otherwise.
 _GUARD = '[ "$PPID" = "$0" ] && GUARD=$$ exec "$@"'
 _FIRST = """
 while read -r key value; do [ "$key" != PPid: ] || break; done </proc/self/status
@@ -44,7 +45,8 @@ unset GUARD
 "$@"
 exit $?
 """
-# What this shell would say of one that a signal has ended goes nowhere, its status tells.
+# What this shell would say of one that a signal has ended goes nowhere, its status tells. What setsid says of itself
+# goes with it.
 _FIRST_QUIETLY = _FIRST.replace('"$@"', '{ "$@"; } 2>/dev/null')
 # A file that is full is an error (EFBIG) to the program, and not its end.
 _BOUNDED = "trap '' XFSZ"
@@ -131,8 +133,12 @@ class Jail:
     bare: Path | None = None
     """A directory of root's that its own root directory is made in, with nothing but /usr (without /usr/local) and
     /proc; ``own_mounts`` only, and not for one who could leave it again. Needs mount(8)."""
+    own_objects: bool = False
+    """Whether it has an IPC namespace (ipc_namespaces(7)): System V objects outlive who made them, and would belong
+    to a uid that others get."""
     own_processes: bool = False
-    """Whether it has a process namespace (pid_namespaces(7)): whatever it has started ends with it."""
+    """Whether it has a process namespace (pid_namespaces(7)): whatever it has started ends with it. Its ``Child`` is
+    a guard."""
     memory: int = 512 << 20
     cpu: int | None = 60
     files: int = 256
@@ -203,16 +209,12 @@ class Tools:
         spaces = [] if jail.network else ["--net"]
         if jail.own_mounts:
             spaces += ["--mount", "--propagation=slave"]
-        if jail.own_processes:
-            # System V objects outlive who made them, and belong to a uid that others get.
+        if jail.own_objects:
             spaces.append("--ipc")
-            command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", sh, "-c", _GUARD, parent, *command]
-            spaces += ["--pid", "--fork", "--kill-child=KILL"]
-        if spaces:
-            command += [self.paths["unshare"], *spaces, "--"]
         if jail.own_processes:
-            command += [sh, "-c", _FIRST, "sh"]
-            parent = "1"
+            command, parent = self._guarded(command, spaces, _FIRST), "1"
+        elif spaces:
+            command += [self.paths["unshare"], *spaces, "--"]
         if there := [str(place) for place in jail.without if mountinfo.mounted_on(place) is not None]:
             # While it still may: most programs end up without the right to unmount anything.
             command += [sh, "-euc", _WITHOUT, "sh", *there, "-"]
@@ -228,6 +230,14 @@ class Tools:
         last = _WITH_PARENT if jail.file_size is None else f"{_BOUNDED}\n{_WITH_PARENT}"
         return [*command, sh, "-c", last, parent, program, *arguments]
 
+    def _guarded(self, limits: Sequence[str], spaces: Sequence[str], first: str) -> list[str]:
+        """How a command line begins whose program is in a process namespace: guard, namespaces, first process."""
+        setpriv, sh, unshare = (self.paths[name] for name in ("setpriv", "sh", "unshare"))
+        return [
+            *(setpriv, "--pdeathsig=KILL", "--", sh, "-c", _GUARD, str(os.getpid()), *limits),
+            *(unshare, *spaces, "--pid", "--fork", "--kill-child=KILL", "--", sh, "-c", first, "sh"),
+        ]
+
     async def run(
         self,
         jail: Jail,
@@ -238,7 +248,7 @@ class Tools:
         accept: Sequence[int] = (0,),
         environment: Mapping[str, str] | None = None,
     ) -> Completed:
-        """Run a program to its end.
+        """Run a program to its end, and to that of all who have its standard output.
 
         ``fds`` stay open in it under their own numbers. Raises ToolError if it ends with a status that is not in
         ``accept``, or is not done after ``seconds`` or writes too much (it is killed then). Cancelling kills it. One
@@ -303,9 +313,7 @@ class Tools:
         The child is a guard that ends as the program does. The program leads a session on ``terminal`` and is in a
         process namespace: when it or the guard ends, the kernel kills all that it has started.
         """
-        command = [self.paths["setpriv"], "--pdeathsig=KILL", "--", self.paths["sh"], "-c", _GUARD]
-        command += [str(os.getpid()), self.paths["unshare"], "--pid", "--fork", "--kill-child=KILL", "--"]
-        command += [self.paths["sh"], "-c", _FIRST_QUIETLY, "sh", self.paths["setsid"]]
+        command = [*self._guarded([], [], _FIRST_QUIETLY), self.paths["setsid"]]
         command += [self.paths["sh"], "-c", _ON_TERMINAL, "sh", self.paths[name], *arguments]
         # Standard error is the guard's; the program has the terminal for all three.
         return await Child.start(
@@ -387,7 +395,8 @@ class Child:
     async def start(cls, argv: Sequence[str], name: str, *, guard: bool = False, **options: Any) -> Self:  # noqa: ANN401
         """Start a process in a session of its own; ``options`` are those of ``subprocess.Popen``.
 
-        Raises OSError. Cancelling ends what was started, and returns when that has ended, as ``close`` does.
+        Raises OSError. Cancelling ends what was started. It returns when that has ended, but not if the kernel does
+        not let it go (``close``), or if it is cancelled once more: it is waited for in the background then.
         """
         loop = asyncio.get_running_loop()
         starting = asyncio.ensure_future(
@@ -411,10 +420,11 @@ class Child:
         cls, starting: asyncio.Future[tuple[asyncio.SubprocessTransport, _Protocol]], name: str, *, guard: bool
     ) -> None:
         await asyncio.wait({starting})
-        if starting.exception() is None:
+        if not starting.cancelled() and starting.exception() is None:
             await cls(name, *starting.result(), guard=guard).close()
 
     def __post_init__(self) -> None:
+        self._closed = False
         self.process = asyncio.subprocess.Process(self._transport, self._protocol, asyncio.get_running_loop())
         self._ended = _followed(asyncio.create_task(self._follow(), name=f"{self.name}[{self.pid}]"))
 
@@ -438,8 +448,8 @@ class Child:
         await self._protocol.exited
         status = self.process.returncode
         assert status is not None
-        # The last that it wrote is there already. The pipe's end need not be: a process that it has left behind may
-        # hold the other side for ever.
+        # Its last words are in the pipe already, and take a moment to be read. The pipe's end may never come: a
+        # process that it has left behind may hold the other side.
         await asyncio.wait({reading}, timeout=_LAST_WORDS)
         reading.cancel()
         await asyncio.wait({reading})
@@ -449,11 +459,13 @@ class Child:
         stream = self.process.stderr
         assert stream is not None
         rest = b""
-        while chunk := await stream.read(4096):
-            *lines, rest = (rest + chunk)[-65536:].split(b"\n")
-            self._lines.extend(map(_shown, lines))
-        if rest:
-            self._lines.append(_shown(rest))
+        try:
+            while chunk := await stream.read(4096):
+                *lines, rest = (rest + chunk)[-65536:].split(b"\n")
+                self._lines.extend(map(_shown, lines))
+        finally:
+            if rest:
+                self._lines.append(_shown(rest))
 
     async def output(self) -> bytes:
         """All that it writes to stdout, at most 4 MiB; beyond that it is killed, as nothing we run writes so much."""
@@ -482,7 +494,7 @@ class Child:
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
         # Not the library's way: that may reap the child on the side, and its status is lost then. As long as there is
-        # no status, nobody has reaped it, so the number is still its own.
+        # no status, nobody has reaped it (the loop does, by a pidfd: see main), so the number is still its own.
         if self.process.returncode is None and not (self.guard and self._kill_guarded()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)  # it leads a session: what it has started goes along
@@ -517,13 +529,20 @@ class Child:
         background then, however long that takes.
         """
         self.kill()
-        # Nobody reads from it any more, and what it has left behind may hold the other sides of its pipes for ever.
-        self._ended.add_done_callback(lambda _: self._transport.close())
+        if not self._closed:
+            self._closed = True
+            self._ended.add_done_callback(self._let_go)
         # asyncio.wait leaves the task alone if the caller is cancelled: an unwaited child would stay as a zombie.
         await asyncio.wait({self._ended}, timeout=_GRACE)
         if not self.ended:
             log.error("%s[%d] was killed and does not end: what it waits for does not answer", self.name, self.pid)
         return self.ended
+
+    def _let_go(self, _: object) -> None:
+        # Nobody reads from it any more, and what it has left behind may hold the other sides of its pipes for ever. A
+        # transport whose process runs would kill that, and not what it guards.
+        if self.process.returncode is not None:
+            self._transport.close()
 
 
 def _shown(line: bytes) -> str:

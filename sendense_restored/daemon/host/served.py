@@ -48,7 +48,10 @@ _OVERLAY_OPTIONS = "extended_l2=on,cluster_size=128k"
 _OVERLAY_OPTIONS_ON_DISK = "extended_l2=on,cluster_size=16k"
 
 SERVER: Final = Jail(uid=0, own_mounts=True, memory=4 << 30, cpu=None, files=4096)
-"""What the jails of all servers have in common. QEMU caches up to 32 MiB of metadata for each layer of a chain."""
+"""What the jails of all servers have in common; ``uid`` is FUSE's, NBD has others.
+
+QEMU caches up to 32 MiB of metadata for each layer of a chain.
+"""
 
 
 class Served:
@@ -77,7 +80,7 @@ class Served:
             await self._tools.run(
                 # Under a uid that nobody else has: whoever has it could open the overlay now and write to it later,
                 # when its header names a file that QEMU opens.
-                Jail(owner, file_size=workplace.overlay_limit),
+                Jail(owner, own_mounts=True, without=self._places(workplace), file_size=workplace.overlay_limit),
                 "qemu-img",
                 *("create", "-q", "-f", "qcow2", "-o", options, target, str(self.size)),
                 seconds=self._config.attach.timeout,
@@ -191,9 +194,11 @@ class Served:
 
 def refusal(server: Child) -> errors.RestoreError:
     """What it means for the caller that an image server ended before its disk was there; logs the details."""
-    log.error("image server ended before its disk was there: %s", server.stderr or "(no message)")
+    # No error yet: there may be another way.
+    log.warning("image server ended before its disk was there: %s", server.stderr or "(no message)")
+    # QEMU's own lines only: the jail's tools speak of other files, and "No space left" of unshare is a limit.
     said = "\n".join(line for line in server.stderr.split("\n") if line.startswith("qemu-"))
-    if not said:  # its jail could not be made, or it was killed: no fault of the image's
+    if not said:  # its jail could not be made, or it was killed or crashed: nothing says that the image is damaged
         return errors.Failed(
             "the image server ended before its disk was there; the service's journal has the details"
         )
@@ -201,4 +206,4 @@ def refusal(server: Child) -> errors.RestoreError:
         return errors.BackupNotReady("the backup is being written by another program; try again when it is done")
     if any(reason in said for reason in _FULL):
         return errors.NoSpace("the overlay does not fit; raise attach.overlay_size")
-    return errors.ImageRefused("QEMU cannot open the image; check the chain with 'qemu-img check'")
+    return errors.ImageRefused("QEMU cannot read the image; check the chain with 'qemu-img check'")
