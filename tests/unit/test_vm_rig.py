@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pickle
 import subprocess
 import sys
 from collections import deque
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from tools.lab.guest import Backup, Chain
 from tools.lab.vm import backups, image, inside, outside, project, qemu, runner
 
 if TYPE_CHECKING:
@@ -278,6 +280,16 @@ def test_what_an_image_is_built_for_removes_what_came_before(tmp_path: Path, mon
     made = image.get("13").disk.parent
     found = {each.name for each in cache.iterdir() if each.is_dir()}
     assert found == {made.name, "debian-12-older", "making-12-at-it"}
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"], ids=["before", "3.13"])
+def test_backups_that_another_python_has_made_are_read(tmp_path: Path, module: bytes) -> None:
+    chain = Chain("web01", 1, (), (Backup(Path("/srv/a"), "", {}, b""),))
+    written = pickle.dumps(chain, protocol=0)
+    own = f"c{type(tmp_path).__module__}\n".encode()
+    assert own in written
+    (tmp_path / "chain").write_bytes(written.replace(own, b"c" + module + b"\n"))
+    assert backups.load(tmp_path) == chain
 
 
 def test_what_the_tests_import_is_on_the_disk() -> None:
