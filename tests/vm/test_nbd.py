@@ -346,6 +346,7 @@ async def test_a_device_that_somebody_takes_between_look_and_start_is_left_alone
         assert Path("/sys/block/nbd0/size").read_text() == f"{MIB // 512}\n"
 
 
+@pytest.mark.long
 async def test_disks_of_a_backup_get_devices_together_or_go_through_fuse_together(
     attacher: Attacher, settings: config.Config, disk: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_no_stranger_locks_the_service_out() -> None:
     assert_closed()
 
 
+@pytest.mark.long
 async def test_to_stop_is_to_unmount(appliance: Appliance) -> None:
     async with await Client.connect() as client, Watch.open() as watch:
         mount, begun, owner = await client.mount(appliance.backups[-1]), time.time(), watch.owner
