@@ -653,17 +653,22 @@ async def test_an_image_that_its_storage_opens_to_root_alone_goes_through_fuse(
         await attached(attacher("nbd"), workplace, 1)
 
 
+async def assert_refused(attacher: Attacher, workplace: Workplace) -> None:
+    """The image is, and no server that runs as root has seen it."""
+    made: list[Attachment] = []
+    with pytest.raises(errors.ImageRefused):
+        await attacher.attach([cast("Image", FakeImage())], workplace, made)
+    assert FakeFuse.made == 0
+    for each in made:
+        await each.close()
+
+
 @pytest.mark.parametrize("closed", ["Stale file handle", "nothing"])
 async def test_an_image_that_its_storage_does_not_read_is_refused(
     host: Host, attacher: Callable[[str], Attacher], workplace: Workplace, closed: str
 ) -> None:
     host.answers, host.closed = False, closed
-    made: list[Attachment] = []
-    with pytest.raises(errors.ImageRefused):
-        await attacher("auto").attach([cast("Image", FakeImage())], workplace, made)
-    assert FakeFuse.made == 0
-    for each in made:
-        await each.close()
+    await assert_refused(attacher("auto"), workplace)
 
 
 async def test_the_journal_says_why_it_is_not_nbd(
@@ -685,12 +690,7 @@ async def test_what_a_server_says_of_itself_does_not_lead_to_one_that_runs_as_ro
         host.children[0].end(1, "qemu-nbd: Could not open '/proc/self/fd/9': Permission denied")
 
     monkeypatch.setattr(nbd, "connect", ended)
-    made: list[Attachment] = []
-    with pytest.raises(errors.ImageRefused):
-        await attacher("auto").attach([cast("Image", FakeImage())], workplace, made)
-    assert FakeFuse.made == 0
-    for each in made:
-        await each.close()
+    await assert_refused(attacher("auto"), workplace)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("auto", "fuse"), ("nbd", "nbd")])
