@@ -22,7 +22,7 @@ from tools.lab.children import first_child, guarded
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from sendense_restored.daemon.host.process import Child
+    from sendense_restored.daemon.host.child import Child
 
 NOBODY = Jail(65534)
 PYTHON = "/usr/bin/python3"

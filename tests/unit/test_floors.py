@@ -78,7 +78,7 @@ DOORS = {
     "typer": {"cli"},
     "click": {"cli"},
     "rich": {"cli"},
-    "subprocess": {"daemon.host.process"},
+    "subprocess": {"daemon.host.child"},
     "multiprocessing": set(),
     "pty": set(),
 }
@@ -164,7 +164,7 @@ def broken(module: Module, known: frozenset[str]) -> list[str]:
     own = floor(module.name)
     if own is None:
         return [f"{module.name} has no floor: give it one in FLOORS"]
-    for name, _ in module.imports(known):
+    for name, for_types in module.imports(known):
         if not name.startswith("."):
             library = name.partition(".")[0]
             if library in DOORS and not any(below(module.name, door) for door in DOORS[library]):
@@ -180,13 +180,15 @@ def broken(module: Module, known: frozenset[str]) -> list[str]:
             complaints.append(f"{module.name} imports {other}, which is nobody's ground")
         elif side == "daemon" and below(other, "client"):
             complaints.append(f"{module.name} imports {other}: the service is not its own client")
+        elif other == "daemon.host.child" and not for_types and module.name != "daemon.host.process":
+            complaints.append(f"{module.name} imports {other}: what starts must go through daemon.host.process")
         elif below(other, "wire") and not any(below(module.name, user) for user in ON_THE_WIRE):
             complaints.append(f"{module.name} imports {other}, which only {sorted(ON_THE_WIRE)} may")
         elif (its := floor(other)) is None or its > own:
             complaints.append(f"{module.name} (floor {own}) imports {other} (floor {its})")
     if module.name not in DOORS["subprocess"]:
         complaints += [
-            f"{module.name} starts programs ({node.attr}): that is daemon/host/process.py's"
+            f"{module.name} starts programs ({node.attr}): that is daemon/host/child.py's"
             for node in ast.walk(module.tree)
             if isinstance(node, ast.Attribute) and node.attr in STARTERS
         ]
@@ -245,6 +247,8 @@ def test_no_module_waits_for_itself() -> None:
         ("daemon.session", "import subprocess", "subprocess"),
         ("daemon.session", "asyncio.create_subprocess_exec('x')", "starts programs"),
         ("reader.main", "os.execv('/bin/sh', [])", "starts programs"),
+        ("daemon.host.process", "asyncio.create_subprocess_exec('x')", "starts programs"),
+        ("daemon.host.readers", "from .child import Child", "go through daemon.host.process"),
     ],
 )
 def test_the_rules_see_what_breaks_them(name: str, source: str, complaint: str) -> None:
@@ -258,7 +262,9 @@ def test_the_rules_see_what_breaks_them(name: str, source: str, complaint: str) 
     [
         ("daemon.host.readers", "from sendense_restored.reader import protocol"),
         ("daemon.host.readers", "from sendense_restored.reader.protocol import Entry"),
-        ("daemon.host.process", "import subprocess\nasyncio.create_subprocess_exec('x')"),
+        ("daemon.host.child", "import subprocess\nasyncio.create_subprocess_exec('x')"),
+        ("daemon.host.process", "from .child import Child"),
+        ("daemon.host.readers", "if TYPE_CHECKING:\n    from .child import Child"),
         ("daemon.store.models", "import peewee"),
         ("daemon.bus", "from sendense_restored.wire import Caller"),
         ("wire.codec", "import dbus_next"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from sendense_restored.daemon.host.process import Child
+    from sendense_restored.daemon.host.child import Child
 
 LONG = 60.0
 FILE = FileInfo("file", 5, 4096, 0o644, 0, 0, 1, 2, 3, 1, "", [], [], "")

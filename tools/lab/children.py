@@ -53,7 +53,7 @@ def run(*argv: str, input_text: str | None = None) -> str:
 
 
 def guarded(guard: int) -> int:
-    """The process id of the program that ``guard`` has in a process namespace (``daemon.host.process.Child``).
+    """The process id of the program that ``guard`` has in a process namespace (``daemon.host.child.Child``).
 
     It is the child of the first process there, which is the guard's.
     """

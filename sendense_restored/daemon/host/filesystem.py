@@ -51,9 +51,10 @@ from .signatures import VolumeState
 if TYPE_CHECKING:
     from sendense_restored.config import Config
 
+    from .child import Child
     from .loop import BlockDevice
     from .policy import Journal, Policy
-    from .process import Child, Tools
+    from .process import Tools
     from .volumes import Volume
 
 __all__ = ["MountRefused", "Mounted", "View", "mount", "needs_writable"]

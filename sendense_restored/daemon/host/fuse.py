@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     from sendense_restored.config import Config
 
+    from .child import Child
     from .image import Image
-    from .process import Child, Tools
+    from .process import Tools
     from .threads import Threads
     from .udev import BlockEvents
     from .workplace import Workplace

@@ -19,7 +19,8 @@ import os
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
-    from .process import Child, Tools
+    from .child import Child
+    from .process import Tools
 
 log = logging.getLogger(__name__)
 

@@ -53,10 +53,11 @@ if TYPE_CHECKING:
 
     from sendense_restored.config import Config
 
+    from .child import Child
     from .image import Image
     from .loop import BlockDevice
     from .nbd_pool import NbdDevice, Pool
-    from .process import Child, Tools
+    from .process import Tools
     from .threads import Threads
     from .udev import BlockEvents
     from .uids import Uids

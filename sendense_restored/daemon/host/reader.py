@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sendense_restored.reader.protocol import FileInfo, Filters, Listing, Start, StreamEnd, Usage
 
-    from .process import Child
+    from .child import Child
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from sendense_restored.config import Config
 
-    from .process import Child, Tools
+    from .child import Child
+    from .process import Tools
 
 _FDS_OF_STREAM = 56
 """What one stream may have open: 24 directories, twice each, and its pipe (``reader/stream.py``)."""

@@ -21,7 +21,8 @@ from sendense_restored import errors
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .process import Child, Tools
+    from .child import Child
+    from .process import Tools
 
 log = logging.getLogger(__name__)
 
