@@ -255,28 +255,28 @@ async def test_nobody_else_reaches_them_in_a_directory_that_was_open_to_all(
 async def test_a_device_is_served_when_client_and_size_are_right(pool: Pool, sysfs: Sysfs) -> None:
     device = one(pool)
     sysfs.process(CLIENT)
-    assert not device.is_served_by(CLIENT, SIZE)
+    assert not device.recognise(CLIENT, SIZE)
     sysfs.connect(0, CLIENT, 0)
-    assert not device.is_served_by(CLIENT, SIZE), "the size is not there yet"
+    assert not device.recognise(CLIENT, SIZE), "the size is not there yet"
     sysfs.connect(0, CLIENT, SIZE // 2)
-    assert not device.is_served_by(CLIENT, SIZE)
+    assert not device.recognise(CLIENT, SIZE)
     sysfs.connect(0, CLIENT, SIZE)
-    assert device.is_served_by(CLIENT, SIZE)
-    assert not device.is_served_by(CLIENT + 1, SIZE)
+    assert device.recognise(CLIENT, SIZE)
+    assert not device.recognise(CLIENT + 1, SIZE)
 
 
 async def test_the_kernel_may_name_a_thread_of_the_client(pool: Pool, sysfs: Sysfs) -> None:
     device = one(pool)
     sysfs.process(CLIENT + 5, leader=CLIENT)
     sysfs.connect(0, CLIENT + 5, SIZE)
-    assert device.is_served_by(CLIENT, SIZE)
+    assert device.recognise(CLIENT, SIZE)
     assert not device.is_freed()
 
 
 async def test_a_client_that_has_ended_already_serves_nothing(pool: Pool, sysfs: Sysfs) -> None:
     device = one(pool)
     sysfs.connect(0, CLIENT, SIZE)
-    assert not device.is_served_by(CLIENT, SIZE)
+    assert not device.recognise(CLIENT, SIZE)
 
 
 @pytest.mark.parametrize("sectors", [2048, 2049])
@@ -286,15 +286,15 @@ async def test_what_is_left_over_beyond_the_last_sector_may_be_there_or_not(
     device = one(pool)
     sysfs.process(CLIENT)
     sysfs.connect(0, CLIENT, sectors * 512)
-    assert device.is_served_by(CLIENT, SIZE + 100)
-    assert device.is_served_by(CLIENT, SIZE) == (sectors == 2048)
+    assert device.recognise(CLIENT, SIZE + 100)
+    assert device.recognise(CLIENT, SIZE) == (sectors == 2048)
 
 
 async def test_a_disk_of_less_than_a_sector_is_not_taken_for_one_without_a_size(pool: Pool, sysfs: Sysfs) -> None:
     device = one(pool)
     sysfs.process(CLIENT)
     sysfs.connect(0, CLIENT, 0)
-    assert not device.is_served_by(CLIENT, 100)
+    assert not device.recognise(CLIENT, 100)
 
 
 async def test_a_partition_is_found_by_its_place_alone(pool: Pool, sysfs: Sysfs) -> None:
@@ -325,7 +325,7 @@ async def served(pool: Pool, sysfs: Sysfs) -> NbdDevice:
     device = one(pool)
     sysfs.process(CLIENT)
     sysfs.connect(device.number, CLIENT, SIZE)
-    assert device.is_served_by(CLIENT, SIZE)
+    assert device.recognise(CLIENT, SIZE)
     sysfs.process_ends(CLIENT)
     return device
 

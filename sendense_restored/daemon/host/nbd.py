@@ -233,7 +233,7 @@ class NbdAttachment(Served):
             fds=(door, directory),
             label="nbd-client",
         )
-        ready = self._events.until(lambda: device.is_served_by(client.pid, self.size), seconds=seconds)
+        ready = self._events.until(lambda: device.recognise(client.pid, self.size), seconds=seconds)
         if await _first(ready, client.wait(), self._server.wait()):
             self._watch(client, "device client")
             return True

@@ -65,8 +65,8 @@ class NbdDevice:
         self._client: int | None = None
         """What ``pid`` said when it was ours."""
 
-    def is_served_by(self, pid: int, size: int) -> bool:
-        """Whether the client ``pid`` has connected it and it has ``size`` bytes.
+    def recognise(self, pid: int, size: int) -> bool:
+        """Whether the client ``pid`` has connected it and it has ``size`` bytes; that client is ours from then on.
 
         NBD counts in blocks: what is left over beyond the last whole sector may be there, filled up, or not.
         """
