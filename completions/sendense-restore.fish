@@ -69,7 +69,7 @@ end
 
 complete -c sendense-restore -f
 # the program itself
-complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a backups -d 'List the backups that can be mounted, newest first'
+complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a backups -d 'List the backups of the catalogue, newest first'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a mount -d 'Mount a backup read-only, or join those who have it mounted'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a mounts -d 'List your mounts'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a volumes -d 'List a mount\'s volumes, and why those that are not open are not'
@@ -99,7 +99,7 @@ complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l all-disks -
 complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l journal -x -a 'replay as-crashed' -d 'Replay journals, or show what was on disk.'
 complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l idle-timeout -x -d 'How long you keep it without using it, such as 30min or 2h.'
 complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l wait -d 'Where there is no room, wait for it instead of giving up.'
-complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l on-behalf-of -x -d 'Whom you do this for, if you are allowed to act for others; it is theirs then.'
+complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l on-behalf-of -x -d 'The person on whose behalf you act, if you are allowed to; the claim on the mount is theirs.'
 complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l json -d 'Print one JSON document; an error is one as well, on stderr.'
 complete -c sendense-restore -n '__sendense_restore_at \'mount\'' -l help -d 'Show this message and exit.'
 complete -c sendense-restore -n '__sendense_restore_at \'mount\' 1' -a '(__sendense_restore_backup)'
@@ -119,7 +119,7 @@ complete -c sendense-restore -n '__sendense_restore_at \'ls\'' -l help -d 'Show 
 complete -c sendense-restore -n '__sendense_restore_at \'ls\' 1' -a '(__sendense_restore_mount)'
 complete -c sendense-restore -n '__sendense_restore_at \'ls\' 2' -a '(__sendense_restore_guest)'
 # tree
-complete -c sendense-restore -n '__sendense_restore_at \'tree\'' -l depth -x -d 'Go so deep; 1 is PATH alone, 0 is no limit.'
+complete -c sendense-restore -n '__sendense_restore_at \'tree\'' -l depth -x -d 'How many levels to go down; 1 is what lies in PATH itself, 0 is no limit.'
 complete -c sendense-restore -n '__sendense_restore_at \'tree\'' -l all -s a -d 'Also what begins with a dot.'
 complete -c sendense-restore -n '__sendense_restore_at \'tree\'' -l json -d 'Print one JSON document; an error is one as well, on stderr.'
 complete -c sendense-restore -n '__sendense_restore_at \'tree\'' -l help -d 'Show this message and exit.'
@@ -132,7 +132,7 @@ complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l min-size -x 
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l max-size -x -d 'Only what has at most this size.'
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l newer -x -d 'Only what was modified since: a date or time, or 7d for a week ago.'
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l older -x -d 'Only what was not modified after that.'
-complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l max-depth -x -d 'Go so deep; 1 is PATH alone, 0 is no limit.'
+complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l max-depth -x -d 'How many levels to go down; 1 is what lies in PATH itself, 0 is no limit.'
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l limit -x -d 'End after N; 0 is no limit.'
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l long -s l -d 'With kind, permissions, size and time.'
 complete -c sendense-restore -n '__sendense_restore_at \'find\'' -l null -s 0 -d 'End each with a NUL character instead of a newline, as \'xargs -0\' takes them.'
@@ -162,7 +162,7 @@ complete -c sendense-restore -n '__sendense_restore_at \'get\' 3' -F
 # unmount
 complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l force -d 'Close it for everybody, also while files of it are read.'
 complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l expired -d 'Instead of one: end all whose time is up or whose backup is gone.'
-complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l on-behalf-of -x -d 'Whom you do this for, if you are allowed to act for others; it is theirs then.'
+complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l on-behalf-of -x -d 'The person on whose behalf you act, if you are allowed to; the claim on the mount is theirs.'
 complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l json -d 'Print one JSON document; an error is one as well, on stderr.'
 complete -c sendense-restore -n '__sendense_restore_at \'unmount\'' -l help -d 'Show this message and exit.'
 complete -c sendense-restore -n '__sendense_restore_at \'unmount\' 1' -a '(__sendense_restore_mount)'

@@ -42,7 +42,7 @@ class Mounts:
     max: int = 8
     """How many mounts may exist at once."""
     max_per_holder: int = 0
-    """How many of them one user, or one whom an agent acts for, may hold a claim on; 0 for no limit of its own."""
+    """How many of them one holder may have a claim on, see ``lease``; 0 for no limit of its own."""
     idle_timeout: float = 3600.0
     """Seconds without use after which a claim expires, for those who do not ask for another time."""
     max_idle_timeout: float = 86400.0
@@ -64,7 +64,7 @@ class Attach:
     timeout: float = 30.0
     """Seconds that one step of attaching a disk or mounting a volume may take."""
     overlay_size: int = 1 << 30
-    """Bytes of a mount's tmpfs, which takes what journal replay writes."""
+    """Bytes of a mount's tmpfs, which takes what journal replay writes; of each overlay in ``overlay_dir``."""
     overlay_dir: Path | None = None
     """A directory on a disk that takes it instead, if memory is short."""
     uids: range = range(60900, 60964)

@@ -47,7 +47,7 @@ class InvalidPath(RestoreError):
 
 
 class Unauthenticated(RestoreError):
-    """The gateway does not know the caller."""
+    """The gateway does not know the caller. Reserved: this version never answers it."""
 
     http_status, exit_code = 401, 3
 
@@ -83,7 +83,7 @@ class PathNotFound(RestoreError):
 
 
 class JobNotFound(RestoreError):
-    """No such job."""
+    """No such job. Reserved: this version never answers it."""
 
     http_status, exit_code = 404, 4
 
@@ -131,13 +131,13 @@ class Unreadable(RestoreError):
 
 
 class Busy(RestoreError):
-    """Somebody still reads from the mount."""
+    """Somebody still reads from the mount, or a mount still needs what was to be removed or ended."""
 
     http_status, exit_code = 409, 11
 
 
 class LimitReached(RestoreError):
-    """A configured limit is used up."""
+    """A limit, configured or fixed, is used up."""
 
     http_status, exit_code = 429, 12
 
@@ -149,7 +149,7 @@ class NoDevice(RestoreError):
 
 
 class NoSpace(RestoreError):
-    """The space for overlays is used up."""
+    """There is too little memory, or space for overlays, for another mount."""
 
     http_status, exit_code = 507, 12
 
@@ -185,13 +185,13 @@ class Cancelled(RestoreError):
 
 
 class TooLarge(RestoreError):
-    """A configured size limit would be exceeded."""
+    """A configured size limit would be exceeded, or an answer does not fit a message."""
 
     http_status, exit_code = 413, 17
 
 
 class WrongSecret(RestoreError):
-    """The passphrase or key does not open the volume."""
+    """The passphrase or key does not open the volume. Reserved: this version never answers it."""
 
     http_status, exit_code = 403, 18
 

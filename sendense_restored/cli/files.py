@@ -117,7 +117,10 @@ def get(
     force: bool = flag("--force", text="Replace the file that is there."),
     as_json: bool = JSON,
 ) -> None:
-    """Restore a guest file to this host."""
+    """Restore a guest file to this host.
+
+    The new file is yours and has the guest's permissions (less your umask and set-id), modification time and holes.
+    """
     path = guest_path(path)
     target = _target(path, destination, stream)
     told = names.to_text(os.fsencode(target))  # like a guest name: it may hold one that is not UTF-8

@@ -40,7 +40,7 @@ ON_BEHALF_OF = typer.Option(
     "--on-behalf-of",
     metavar="NAME",
     show_default=False,
-    help="Whom you do this for, if you are allowed to act for others; it is theirs then.",
+    help="The person on whose behalf you act, if you are allowed to; the claim on the mount is theirs.",
 )
 JSON = flag("--json", text="Print one JSON document; an error is one as well, on stderr.")
 MOUNT_HELP = "The mount's id, or enough of its beginning (4 characters or more)."

@@ -49,7 +49,7 @@ def backups(
     limit: int = typer.Option(100, "--limit", min=0, max=2**31, metavar="N", help="At most N of them; 0 for all."),
     as_json: bool = JSON,
 ) -> None:
-    """List the backups that can be mounted, newest first."""
+    """List the backups of the catalogue, newest first."""
 
     async def work(client: Client) -> None:
         found = at_most(
@@ -116,7 +116,7 @@ def mount(
 
 
 def mounts(*, as_json: bool = JSON) -> None:
-    """List your mounts."""
+    """List your mounts; for root, and for who may read those of others, all mounts."""
 
     async def existing(client: Client) -> AsyncIterator[MountInfo]:
         for mount_id in await client.list_mounts():

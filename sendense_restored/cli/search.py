@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sendense_restored.client import Client, Filters, Found, Summary
 
 _START = typer.Argument("/", metavar="[PATH]", help="The directory to start from; / has the volumes.")
+_DEPTH = "How many levels to go down; 1 is what lies in PATH itself, 0 is no limit."
 _OF_ONE_DIRECTORY = (
     errors.PathNotFound,
     errors.NotADirectory,
@@ -69,9 +70,7 @@ def find(
     max_size: str = _text("--max-size", "SIZE", "Only what has at most this size."),
     newer: str = _text("--newer", "TIME", "Only what was modified since: a date or time, or 7d for a week ago."),
     older: str = _text("--older", "TIME", "Only what was not modified after that."),
-    max_depth: int = typer.Option(
-        0, "--max-depth", min=0, max=2**32 - 1, metavar="N", help="Go so deep; 1 is PATH alone, 0 is no limit."
-    ),
+    max_depth: int = typer.Option(0, "--max-depth", min=0, max=2**32 - 1, metavar="N", help=_DEPTH),
     limit: int = typer.Option(0, "--limit", min=0, max=2**63 - 1, metavar="N", help="End after N; 0 is no limit."),
     long: bool = LONG,
     null: bool = NUL,
@@ -148,7 +147,7 @@ def tree(
     *,
     mount: str = MOUNT,
     path: str = _START,
-    depth: int = typer.Option(0, "--depth", min=0, metavar="N", help="Go so deep; 1 is PATH alone, 0 is no limit."),
+    depth: int = typer.Option(0, "--depth", min=0, metavar="N", help=_DEPTH),
     everything: bool = flag("-a", "--all", text="Also what begins with a dot."),
     as_json: bool = JSON,
 ) -> None:

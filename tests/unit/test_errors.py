@@ -42,8 +42,7 @@ CONTRACT = {
     "WrongSecret": (403, 18),
 }
 
-# Nobody raises these yet: there is no gateway, no job and no unlocking, and a mount that has ended is not remembered.
-# Strike a name off when somebody does.
+# Nobody raises these yet: there is no gateway, no job and no unlocking. Strike a name off when somebody does.
 RAISED_BY_NOBODY_YET = {"Unauthenticated", "JobNotFound", "WrongSecret"}
 
 
