@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import os
 import pickle
+import select
+import shutil
 import subprocess
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +130,8 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         monkeypatch.setattr(project, "make_disk", lambda *arguments: run.agendas.append(arguments[-1]))
         return run
 
-    monkeypatch.setattr(qemu, "can_run", lambda: "")
+    monkeypatch.setattr(qemu, "may_run", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
     monkeypatch.setattr(backups, "make", lambda _: None)
     monkeypatch.setattr(project, "build_packages", lambda directory: directory)
     monkeypatch.setattr(image, "get", lambda _: None)
@@ -208,13 +212,34 @@ def test_packages_that_cannot_be_built_fail_the_tests(
     assert run.go() == [("a[13]", "failed")]
 
 
-def test_where_no_machine_can_run_tests_are_skipped(rig: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_run_no_machine_skips_them(rig: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = rig(("a", "13"), machines=[])
-    monkeypatch.setattr(qemu, "can_run", lambda: "needs root")
+    monkeypatch.setattr(qemu, "may_run", lambda: False)
     assert run.go() == [("a[13]", "skipped")]
 
 
+def test_a_tool_that_is_missing_is_a_failure(rig: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it a reason to skip, all would be green where nothing has run."""
+    run = rig(("a", "13"), machines=[])
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "mmdebstrap" else tool)
+    assert run.go() == [("a[13]", "failed")]
+    assert "mmdebstrap" in run.reports[0].longreprtext
+
+
+def test_a_start_that_nobody_asked_for_comes_with_the_console(rig: Callable[..., Run]) -> None:
+    told = [{"event": "boot", "again": True}, report("a[13]", "failed", text="it was started anew"), ended("a[13]")]
+    run = rig(("a", "13"), machines=[told])
+    run.go()
+    assert run.reports[0].sections == [("console", "its last words")]
+
+
 # --- qemu -----------------------------------------------------------------------------------------------------------
+
+
+def program(file: Path, text: str) -> None:
+    """One in Python."""
+    file.write_text(f"#!{sys.executable}\n{text}\n", encoding="utf-8")
+    file.chmod(0o755)
 
 
 FAKE_QEMU = """import os, signal, sys
@@ -230,18 +255,13 @@ def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     directory.mkdir()
     machines: list[qemu.VirtualMachine] = []
 
-    def program(name: str, text: str) -> None:
-        file = tools / name
-        file.write_text(f"#!{sys.executable}\n{text}\n", encoding="utf-8")
-        file.chmod(0o755)
-
     def make(text: str) -> qemu.VirtualMachine:
-        program("qemu-system-x86_64", FAKE_QEMU + text)
+        program(tools / "qemu-system-x86_64", FAKE_QEMU + text)
         system = image.Image(tmp_path / "disk", tmp_path / "kernel", tmp_path / "initrd")
         machines.append(qemu.VirtualMachine(system, tmp_path / "project", directory, processors=3))
         return machines[-1]
 
-    program("qemu-img", "")
+    program(tools / "qemu-img", "")
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     yield make
     for machine in machines:
@@ -254,6 +274,33 @@ def test_what_a_machine_tells_is_read_from_its_channel(boot: Callable[[str], qem
     assert [machine.message(silence=60) for _ in range(2)] == [{"event": "boot"}, {"event": "done"}]
     with pytest.raises(qemu.MachineError, match="said nothing for 0 s"):
         machine.message(silence=0)
+    pid = machine._qemu.pid
+    machine.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_machine_ends_with_its_owner_also_if_that_is_killed(tmp_path: Path) -> None:
+    program(tmp_path / "qemu-img", "")
+    program(tmp_path / "qemu-system-x86_64", FAKE_QEMU + "os.write(channel, b'1\\n')\nsignal.pause()")
+    code = f"""
+import os, signal
+from pathlib import Path
+from tools.lab.vm import image, qemu
+here = Path({str(tmp_path)!r})
+machine = qemu.VirtualMachine(image.Image(here, here, here), here, here, processors=1)
+assert machine.message(silence=60) == 1
+print(machine._qemu.pid, flush=True)
+signal.pause()
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(project.CHECKOUT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as owner:
+        assert owner.stdout is not None
+        machine = os.pidfd_open(int(owner.stdout.readline()))
+        owner.kill()
+    poll = select.poll()
+    poll.register(machine, select.POLLIN)
+    assert poll.poll(60_000), "it runs for nobody"
+    os.close(machine)
 
 
 def test_a_machine_that_does_not_start_says_why(boot: Callable[[str], qemu.VirtualMachine]) -> None:
@@ -280,6 +327,23 @@ def test_what_an_image_is_built_for_removes_what_came_before(tmp_path: Path, mon
     made = image.get("13").disk.parent
     found = {each.name for each in cache.iterdir() if each.is_dir()}
     assert found == {made.name, "debian-12-older", "making-12-at-it"}
+
+
+def test_an_image_is_built_once_for_each_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def build(suite: str, work: Path) -> None:
+        built.append(suite)
+        (work / "image").mkdir()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(image, "_build", build)
+    first = image.get("13")
+    assert image.get("13") == first
+    assert len(built) == 1
+    monkeypatch.setattr(image, "_TESTS", image._TESTS + " another")
+    assert image.get("13") != first
+    assert len(built) == 2
 
 
 @pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"], ids=["before", "3.13"])
@@ -350,11 +414,11 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guest:
         return guest.ran(command)
 
     for module in (inside, runner):
-        for name in ("STATE", "RUNNING", "REBOOTING", "TRACE", "_LEFT", "_BEGUN", "_OUTPUT"):
+        for name in ("STATE", "RUNNING", "REBOOTING", "TRACE", "INSTALLED", "_LEFT", "_BEGUN", "_OUTPUT"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, tmp_path / name)
         monkeypatch.setattr(module, "tell", lambda **message: guest.told.append(message))
-        monkeypatch.setattr(module, "flight_record", lambda _: [])
+        monkeypatch.setattr(module, "flight_record", list)
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "_said", lambda: "what it said")
     agenda = project.Agenda("13", ("a", "b"), long=False)
@@ -382,7 +446,8 @@ def finishing(*tests: str) -> Callable[[tuple[str, ...]], int]:
 def test_packages_are_installed_and_then_the_tests_run(guest: Guest) -> None:
     guest.ran = finishing("a", "b")
     runner.main()
-    assert [pytest_runs(command) for command in guest.commands] == [False, True]
+    assert [pytest_runs(command) for command in guest.commands] == [False, False, True]
+    assert inside.INSTALLED.read_text() == "what it said"
     assert guest.told[-1] == {"event": "done"}
     assert guest.outcomes() == {}
 
@@ -438,6 +503,49 @@ def test_a_start_that_nobody_asked_for_fails_the_test_that_ran(guest: Guest) -> 
     runner.main()
     assert list(guest.outcomes()) == ["a"]
     assert "no test had asked for it" in guest.outcomes()["a"]
+
+
+@pytest.fixture
+def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The journal and udev are stubs; udev says what is written to this descriptor."""
+    monkeypatch.setattr(inside, "STATE", tmp_path)
+    monkeypatch.setattr(inside, "RUNNING", tmp_path / "running")
+    monkeypatch.setattr(inside, "_JOURNALS", {"journal": ("echo", "asked for")})
+    monkeypatch.setattr(inside, "_RECORDERS", {"udev": ("cat", str(tmp_path / "events"))})
+    os.mkfifo(tmp_path / "events")
+    events = os.open(tmp_path / "events", os.O_RDWR)
+    yield events
+    os.close(events)
+
+
+def recorded(state: Path, text: bytes) -> None:
+    """Wait until the recorder has written this."""
+    file = state / "udev.record"
+    deadline = time.monotonic() + 60
+    while not file.read_bytes().endswith(text):
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def test_a_flight_record_is_of_the_test_that_runs(recording: int, tmp_path: Path) -> None:
+    """Also when it is told after its pytest has ended, by the runner."""
+    assert inside.flight_record() == [("journal", "asked for\n"), ("udev", "")]
+    recorder = inside._Recorder("udev", inside._RECORDERS["udev"])
+    try:
+        os.write(recording, b"before\n")
+        recorded(tmp_path, b"before\n")
+        inside.RUNNING.write_text("a")
+        os.utime(inside.RUNNING, (1000, 1000))
+        recorder.mark()
+        os.write(recording, b"meanwhile\n")
+        recorded(tmp_path, b"meanwhile\n")
+    finally:
+        recorder.close()
+    told = [("journal", "asked for --since=@1000\n"), ("udev", "meanwhile\n")]
+    assert inside.flight_record() == told
+    again = inside._Recorder("udev", ("true",))  # the next pytest begins
+    again.close()
+    assert inside.flight_record()[1] == ("udev", "")
 
 
 def test_tests_run_in_the_order_of_the_agenda(guest: Guest) -> None:  # noqa: ARG001 - its state directory

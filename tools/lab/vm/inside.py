@@ -1,7 +1,7 @@
 """The pytest plugin in the virtual machine: tells the outer run what happens, and keeps a flight record.
 
-A failed test's report has what the journal, udev and the message bus had to say meanwhile. A test that does not end
-is ended with pytest itself (faulthandler shows where it was); ``runner`` goes on with the next.
+A failed test's report has what the journal, the kernel, udev and the message bus had to say meanwhile. A test that
+does not end is ended with pytest itself (faulthandler shows where it was); ``runner`` goes on with the next.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
 STATE: Final = Path("/var/lib/sendense-tests")
 """What has to be known after the machine was started anew."""
 RUNNING: Final = STATE / "running"
-"""The node id of the test that runs."""
+"""The node id of the test that runs, written when it began."""
 REBOOTING: Final = STATE / "rebooting"
 """Exists while a test waits for the start that it asked for."""
 TRACE: Final = STATE / "trace"
+INSTALLED: Final = STATE / "installed"
+"""What systemd said of the service when its packages had just been installed and nobody had called it yet."""
 _LEFT: Final = STATE / "left"
 _CHANNEL: Final = Path("/dev/virtio-ports", PORT)
 
@@ -36,6 +37,10 @@ _MOST_OF_A_RECORD = 60_000
 _RECORDERS = {
     "udev": ("udevadm", "monitor", "--kernel", "--udev"),
     "bus": ("busctl", "--system", "monitor"),
+}
+_JOURNALS = {
+    "journal": ("journalctl", "--no-pager", "--output=short-precise"),
+    "kernel": ("journalctl", "--no-pager", "--output=short-precise", "--dmesg"),
 }
 
 
@@ -65,26 +70,22 @@ def done(test: str) -> None:
 
 
 class _Recorder:
-    """A program that prints what happens on the machine, into a file, as long as the tests run."""
+    """A program that prints what happens on the machine, into a file, as long as pytest runs."""
 
     def __init__(self, name: str, command: tuple[str, ...]) -> None:
-        self.name = name
-        self._file = STATE / f"{name}.record"
-        with self._file.open("wb") as output:
+        self._file, self._mark = _record(name)
+        self.mark()
+        with self._file.open("ab") as output:
             self._program = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                ["setpriv", "--pdeathsig=KILL", "--", *command],  # noqa: S607
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
-        self._begin = 0
 
     def mark(self) -> None:
         """From here on it is the next test's."""
-        self._begin = self._file.stat().st_size
-
-    def since(self) -> str:
-        """What was printed for the test, the last of it if that is much."""
-        with self._file.open("rb") as file:
-            file.seek(max(self._begin, self._file.stat().st_size - _MOST_OF_A_RECORD))
-            return file.read().decode(errors="replace")
+        self._mark.write_text(str(self._file.stat().st_size if self._file.exists() else 0), encoding="ascii")
 
     def close(self) -> None:
         """End it."""
@@ -97,7 +98,6 @@ class Inside:
 
     def __init__(self) -> None:
         self._recorders: list[_Recorder] = []
-        self._begun = 0.0
         TRACE.parent.mkdir(exist_ok=True)
         self._trace = TRACE.open("w", encoding="utf-8")
 
@@ -115,7 +115,6 @@ class Inside:
         """Around a test with its fixtures."""
         RUNNING.write_text(item.nodeid, encoding="utf-8")
         tell(event="start", test=item.nodeid)
-        self._begun = time.time()
         for recorder in self._recorders:
             recorder.mark()
         limit = seconds_for_a_test(long=item.get_closest_marker("long") is not None)
@@ -130,8 +129,7 @@ class Inside:
         outcome = yield
         report = outcome.get_result()
         if report.failed:
-            report.sections += flight_record(self._begun)
-            report.sections += [(recorder.name, recorder.since()) for recorder in self._recorders]
+            report.sections += flight_record()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """To the outer run."""
@@ -147,15 +145,31 @@ class Inside:
         )
 
 
-def flight_record(since: float) -> list[tuple[str, str]]:
-    """The journal, with the kernel's part, from ``since`` (seconds of the epoch) on."""
-    journal = subprocess.run(
-        ["/usr/bin/journalctl", "--no-pager", "--output=short-precise", f"--since=@{int(since)}"],
-        capture_output=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    return [("journal", journal.stdout.decode(errors="replace")[-_MOST_OF_A_RECORD:])]
+def flight_record() -> list[tuple[str, str]]:
+    """What the journal, the kernel, udev and the bus have said since the running test began, or ever if none runs.
+
+    The last of it, if that is much. Also of a test that has taken pytest or the machine down with it.
+    """
+    since = (f"--since=@{int(RUNNING.stat().st_mtime)}",) if RUNNING.exists() else ()
+    found = []
+    for name, command in _JOURNALS.items():
+        said = subprocess.run(
+            [*command, *since],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        found.append((name, said.stdout))
+    for name in _RECORDERS:
+        file, mark = _record(name)
+        found.append((name, file.read_bytes()[int(mark.read_text(encoding="ascii")) :] if mark.exists() else b""))
+    return [(name, said.decode(errors="replace")[-_MOST_OF_A_RECORD:]) for name, said in found]
+
+
+def _record(name: str) -> tuple[Path, Path]:
+    """The file that a recorder writes, and the one that says where in it the running test begins."""
+    return STATE / f"{name}.record", STATE / f"{name}.mark"
 
 
 def reboot() -> None:

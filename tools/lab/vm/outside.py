@@ -72,14 +72,15 @@ class Outside:
             machine.close()
 
     def _reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        if reason := qemu.can_run():
-            yield _skipped(item, reason)
+        if not qemu.may_run():
+            yield _report(item, "setup", "skipped", "Skipped: making a virtual machine needs root")
             return
         release = release_of(item)
         if self._failures[release] >= _MOST_FAILURES:
             yield _report(item, "call", "failed", "it was not run: there is no virtual machine that works")
             return
         try:
+            qemu.check_tools()
             if self._material is None:
                 releases = dict.fromkeys(map(release_of, self._left(item)))
                 # One that is emulated and finds its own processors taken by others waits for itself most of the time.
@@ -120,8 +121,10 @@ def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pyt
     """Those of one test, which is the next that the machine works on. Raises qemu.MachineError."""
     long = item.get_closest_marker("long") is not None
     silence = project.seconds_for_a_test(long=long) + _BEYOND_A_TEST
+    started = False
     while True:
         message = machine.message(silence=silence)
+        started |= message["event"] == "boot" and message["again"]
         if message.get("test") != item.nodeid:
             if message["event"] in {"report", "end", "done"}:
                 raise qemu.MachineError(f"the virtual machine went on to {message}\n{machine.last_words()}")
@@ -130,6 +133,8 @@ def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pyt
             report = _report(item, message["when"], message["outcome"], message["text"])
             report.duration = message["duration"]
             report.sections = [(name, text) for name, text in message["sections"]]
+            if started and report.failed:  # there may be more of a panic than the machine itself remembers
+                report.sections.append(("console", machine.last_words()))
             if message["expected"] is not None:
                 report.wasxfail = message["expected"]
             yield report
@@ -153,7 +158,3 @@ def _report(item: pytest.Item, when: str, outcome: str, text: str) -> pytest.Tes
         longrepr=longrepr,
         when=cast("Literal['setup', 'call', 'teardown']", when),
     )
-
-
-def _skipped(item: pytest.Item, reason: str) -> pytest.TestReport:
-    return _report(item, "setup", "skipped", f"Skipped: {reason}")

@@ -112,9 +112,13 @@ class VirtualMachine:
         self._channel.close()
 
 
-def can_run() -> str:
-    """Why no virtual machine can be run here; empty if it can."""
-    if os.geteuid() != 0:
-        return "making a virtual machine needs root"
+def may_run() -> bool:
+    """Whether this user can make a virtual machine."""
+    return os.geteuid() == 0
+
+
+def check_tools() -> None:
+    """Raises MachineError if something is missing that it takes."""
     missing = [tool for tool in ("qemu-system-x86_64", "mmdebstrap", "mksquashfs") if shutil.which(tool) is None]
-    return f"not installed: {', '.join(missing)}" if missing else ""
+    if missing:
+        raise MachineError(f"not installed: {', '.join(missing)}; tools/setup --dev installs them")

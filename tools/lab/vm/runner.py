@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 
-from .inside import REBOOTING, RUNNING, STATE, TRACE, done, flight_record, leave, left, tell
+from .inside import INSTALLED, REBOOTING, RUNNING, STATE, TRACE, done, flight_record, leave, left, tell
 from .project import MOUNTED, Agenda
 
 _BEGUN = STATE / "begun"
 _OUTPUT = STATE / "output"
 _LAST_WORDS = 20_000
+_SERVICE = "sendense-restored.service"
 
 
 def main() -> None:
@@ -32,6 +33,8 @@ def main() -> None:
         if status := _run("/usr/bin/apt-get", "install", "-y", *packages):
             for each in left():
                 _fail(each, f"installing the packages failed with {status}\n{_said()}")
+        _run("/usr/bin/systemctl", "show", "--property=ActiveState,SubState,Result,MainPID", _SERVICE)
+        INSTALLED.write_text(_said(), encoding="utf-8")
     elif not REBOOTING.exists():
         _fail(_running() or left()[0], "the machine was started anew, and no test had asked for it")
     REBOOTING.unlink(missing_ok=True)
@@ -69,7 +72,7 @@ def _running() -> str:
 def _fail(test: str, why: str) -> None:
     tell(
         event="report", test=test, when="call", outcome="failed", duration=0.0, text=why, expected=None,
-        sections=flight_record(0),
+        sections=flight_record(),
     )  # fmt: skip
     done(test)
 
