@@ -517,6 +517,7 @@ class Model:
                 for claim in mount.claims.values():  # while it could not be used nobody's time went by
                     claim.used += self.now - max(claim.used, mount.begun_at)
                 mount.used += self.now - max(mount.used, mount.begun_at)
+                mount.write_down(self.now)
                 for client in mount.waiting:
                     client.told = mount.id if client.holder in mount.claims else errors.Cancelled
                 mount.waiting.clear()
