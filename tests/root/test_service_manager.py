@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sendense_restored.daemon.bus import Bus
 from tools.lab import idle, leftovers
 from tools.lab.bus import private_bus
-from tools.lab.service import service
+from tools.lab.service import BUS_NAME, service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tools.lab.bus import PrivateBus
 
     from .conftest import Machine
 
@@ -36,14 +41,17 @@ class Manager:
             pass
         return said
 
+    def has_heard(self) -> Iterator[str]:
+        """All that is there already."""
+        self._sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                yield self._sock.recv(65536).decode("ascii")
+
     def hears_no_more(self, seconds: float) -> bool:
         """Whether silence of that length begins, after what may be on its way."""
-        self._sock.settimeout(0)
-        try:
-            while self._sock.recv(65536):
-                pass
-        except BlockingIOError:
-            self._sock.settimeout(seconds)
+        list(self.has_heard())
+        self._sock.settimeout(seconds)
         try:
             return not [self._sock.recv(65536) for _ in range(2)]
         except TimeoutError:
@@ -101,6 +109,27 @@ def test_a_start_that_fails_says_why_to_the_manager(machine: Machine, manager: M
     ):
         pass
     assert "not starting" in manager.hears("STATUS=")
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[PrivateBus]:
+    """To be made before ``manager``, as a bus tells that as well when it is ready."""
+    with private_bus(tmp_path) as bus:
+        yield bus
+
+
+async def test_who_does_not_get_the_name_is_not_ready(private: PrivateBus, manager: Manager, tmp_path: Path) -> None:
+    other = await Bus.connect(private.address)
+    await other.own(BUS_NAME)
+    with service(private, tmp_path) as daemon:
+        pidfd = os.pidfd_open(daemon.pid)
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        assert ended.poll(60_000)
+        os.close(pidfd)
+    await other.close()
+    assert "belongs to another process" in daemon.log.read_text()
+    assert not [said for said in manager.has_heard() if said.startswith("READY=")]
 
 
 @pytest.mark.usefixtures("watchdog")

@@ -36,6 +36,34 @@ async def test_an_event_of_the_kernel_is_a_reason_to_look_again(events: BlockEve
     assert len(looks) < 20  # by events, not by looking all the time
 
 
+async def test_it_looks_after_an_event_and_at_no_other_time(events: BlockEvents) -> None:
+    """With the kernel's events withheld, and given one by one."""
+    assert events._monitor is not None
+    asyncio.get_running_loop().remove_reader(events._monitor.fileno())
+    looks: list[bool] = []
+    there = False
+
+    def look() -> bool:
+        looks.append(there)
+        return there
+
+    assert not await events.until(look, seconds=0.3)
+    assert looks == [False, False], "at the beginning, and when time is up"
+    looks.clear()
+    waiting = asyncio.create_task(events.until(look, seconds=20))
+    for seen in range(1, 4):
+        await asyncio.wait({waiting}, timeout=0.05)
+        assert len(looks) == seen
+        events._drain()
+    await asyncio.wait({waiting}, timeout=0.05)
+    there = True
+    await asyncio.wait({waiting}, timeout=0.05)
+    assert not waiting.done(), "nothing has said that it is there"
+    events._drain()
+    assert await waiting
+    assert looks == [False] * 4 + [True]
+
+
 async def test_an_overflow_is_one_more_reason_to_look(events: BlockEvents) -> None:
     """POLLERR, which is how a lost event shows, must not end the listening."""
     calls = iter([OSError("overflow"), None])
