@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from fnmatch import fnmatch
@@ -149,6 +150,10 @@ def test_the_bus_starts_the_unit_by_its_alias() -> None:
     activation = dict(re.findall(r"^(\w+)=(.*)$", read(f"dbus/{BUS_NAME}.service"), re.MULTILINE))
     assert activation["Name"] == BUS_NAME == values("BusName")[0]
     assert activation["SystemdService"] == f"dbus-{BUS_NAME}.service" == values("Alias")[0]
+
+
+def test_repositories_on_the_network_are_mounted_before_it_starts() -> None:
+    assert "remote-fs.target" in values("After")
 
 
 # --- udev, and the other files --------------------------------------------------------------------------------------
@@ -291,6 +296,26 @@ def test_the_package_asks_for_what_setup_installs() -> None:
     asked = {name for package in INSTALLS for field in fields for name in asked_for(f"Package: {package}", field)}
     assert listed - FOR_TESTS_ONLY.keys() - ESSENTIAL <= asked
     assert not FOR_TESTS_ONLY.keys() & asked
+
+
+def test_each_package_depends_on_the_libraries_that_its_half_imports() -> None:
+    found: dict[str, set[str]] = {"sendense-restored": set(), "sendense-restore": set()}
+    for file in (CHECKOUT / "sendense_restored").rglob("*.py"):
+        half = file.relative_to(CHECKOUT / "sendense_restored").parts[0]
+        package = "sendense-restored" if half in {"daemon", "reader"} else "sendense-restore"
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                found[package] |= {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found[package].add(node.module.partition(".")[0])
+    for package, modules in found.items():
+        foreign = modules - sys.stdlib_module_names - {"sendense_restored"}
+        wanted = {f"python3-{name.replace('_', '-')}" for name in foreign}
+        # typer brings click; the client of MySQL is for those who have a server.
+        depends = asked_for(f"Package: {package}", "Depends") | {"python3-click", "python3-pymysql"}
+        assert wanted <= depends
+        assert len(wanted) >= 3
+    assert "python3-pymysql" in asked_for("Package: sendense-restored", "Recommends")
 
 
 def test_setup_installs_what_building_asks_for() -> None:

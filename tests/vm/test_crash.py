@@ -19,6 +19,7 @@ import pytest
 
 from sendense_restored import errors
 from sendense_restored.client import Client
+from tests.vm import udev
 from tests.vm.appliance import SERVICE, journal_since, main_pid, run, unit
 from tests.vm.watching import Watch, Wished, descriptors, ended, let_go, nbd_disks, wished
 from tools.lab import leftovers
@@ -126,6 +127,9 @@ async def test_killed_with_mounts_of_which_one_is_held(
         assert (len(ours), loops) == (count, [])
     else:
         assert (len(ours), len(loops)) == (len(states), 3), "the last has not gone another way"
+    udev.settle()
+    seen = {device for info in infos for device in info.devices if not udev.left_alone(device)}
+    assert seen == set(), "the host looked at them"
 
     await unmount_all(client)
     assert {path for path, state in (await nbd_states(client)).items() if state != "free"} == {drains}

@@ -7,13 +7,12 @@ that, a test in which nothing happens would prove nothing.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm import appliance
+from tests.vm.udev import FLAGS, links_to, properties, run, settle
 from tools.lab import leftovers
 
 if TYPE_CHECKING:
@@ -24,38 +23,12 @@ PARTITIONS = {"lvm": 1, "btrfs": 2, "md": 3, "luks": 4, "ext4": 5}
 START, SIZE = 2048, 81920
 """Sectors: where the first begins, and what each has; they follow one another."""
 EXT4_UUID = "0b5e57a1-1234-4321-8888-5e4de45e0001"
-FLAGS = {
-    "UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG=1",
-    "DM_UDEV_DISABLE_OTHER_RULES_FLAG=1",
-    "SYSTEMD_READY=0",
-    "UDISKS_IGNORE=1",
-}
-
-
-def run(name: str, *arguments: str, check: bool = True) -> str:
-    """Run a program, wherever the release has it; what it prints."""
-    path = shutil.which(name, path="/usr/sbin:/usr/bin")
-    assert path is not None, f"{name} is not installed"
-    return appliance.run(path, *arguments, check=check).stdout
-
-
-def settle() -> None:
-    run("udevadm", "settle", "--timeout=60")
+ARRAY_UUID = "0b5e57a1-1234-4321-8888-5e4de45e0002"
 
 
 def await_devices(condition: Callable[[], bool], otherwise: str) -> None:
     """Wait until it is so; each event of a block device is a reason to look again."""
     assert leftovers.left_in_time({}, lambda: {} if condition() else {otherwise: otherwise}, seconds=60) == []
-
-
-def properties(device: str) -> set[str]:
-    return set(run("udevadm", "info", "--query=property", f"--name={device}").splitlines())
-
-
-def links_to(*devices: str) -> list[str]:
-    """The links in /dev/disk that lead to one of the devices, but for the numbers of use (by-diskseq)."""
-    found = [link for link in Path("/dev/disk").glob("*/*") if link.parent.name != "by-diskseq"]
-    return [str(link) for link in found if str(link.resolve()) in devices]
 
 
 def active_volumes() -> set[str]:
@@ -111,6 +84,13 @@ def nbd(number: int, image: Path) -> Iterator[str]:
         settle()
 
 
+def assert_hidden_from_udisks(device: str) -> None:
+    """Depending on the release, it does not know of the device, or is to show it to nobody."""
+    told = run("udisksctl", "info", "--block-device", device, check=False)
+    assert told == "" or "HintIgnore:                 true" in told
+    assert EXT4_UUID not in told
+
+
 def let_go() -> None:
     """Undo what the host has made of a disk that it was let at."""
     run("vgchange", "-an", "guest", check=False)
@@ -138,6 +118,7 @@ def fill(export: Path) -> None:
             device,
             "missing",
         )
+        run("mkfs.ext4", "-q", "-U", ARRAY_UUID, "-L", "guest-array", "/dev/md/guest")
         run("mdadm", "--stop", "/dev/md/guest")
     with loop(export, offset("luks"), SIZE * 512) as device:
         key = WORK / "key"
@@ -195,7 +176,9 @@ def test_without_the_rules_the_host_takes_everything(disk: Path) -> None:
                 "the machine shows nothing of what the rules are against",
             )
             settle()
-            assert f"/dev/disk/by-uuid/{EXT4_UUID}" in links_to("/dev/nbd8p5")
+            links = links_to("/dev/nbd8p5")
+            assert {f"/dev/disk/by-uuid/{EXT4_UUID}", "/dev/disk/by-label/guest-data"} <= set(links)
+            assert [link for link in links if link.startswith("/dev/disk/by-partuuid/")]
             assert "ID_BTRFS_READY=1" in properties("/dev/nbd8p2")
         finally:
             let_go()
@@ -225,11 +208,23 @@ def test_udisks_offers_nothing_of_them(disk: Path) -> None:
         try:
             run("systemctl", "restart", "udisks2.service")  # it looks at everything before it has its name
             assert EXT4_UUID in run("udisksctl", "info", "--block-device", "/dev/nbd8p5")
-            told = run("udisksctl", "info", "--block-device", "/dev/nbd0p5", check=False)
-            assert told == "" or "HintIgnore:                 true" in told
-            assert EXT4_UUID not in told
+            assert_hidden_from_udisks("/dev/nbd0p5")
         finally:
             let_go()
+
+
+def test_udisks_offers_nothing_of_loops_and_nodes_that_are_ours(disk: Path) -> None:
+    name = "sndrst_udisks"
+    with exported(disk) as export, loop(export, offset("ext4"), SIZE * 512) as device:
+        run("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
+        try:
+            settle()
+            run("systemctl", "restart", "udisks2.service")
+            assert_hidden_from_udisks(device)
+            assert_hidden_from_udisks(f"/dev/mapper/{name}")
+        finally:
+            run("dmsetup", "remove", name)
+            settle()
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -270,14 +265,18 @@ def test_nodes_of_the_device_mapper_that_are_ours_have_no_links(disk: Path) -> N
 
 
 def test_arrays_of_md_that_are_ours_have_no_links(disk: Path) -> None:
+    names = WORK / "mdadm.conf"
+    names.write_text("CREATE names=yes\n", encoding="ascii")  # the node is /dev/md_NAME, not /dev/md127
     with loop(disk, offset("md"), SIZE * 512) as device:
         try:
-            let_go()
-            names = WORK / "mdadm.conf"
-            names.write_text("CREATE names=yes\n", encoding="ascii")  # the node is /dev/md_NAME, not /dev/md127
-            run("mdadm", "--assemble", f"--config={names}", "--run", "/dev/md/sndrst_0", device)
-            settle()
-            assert properties("/dev/md_sndrst_0") >= FLAGS
-            assert links_to("/dev/md_sndrst_0") == []
+            for name, linked in (("sndrst_0", False), ("anybody", True)):
+                let_go()
+                run("mdadm", "--assemble", f"--config={names}", "--run", f"/dev/md/{name}", device)
+                settle()
+                node = f"/dev/md_{name}"
+                assert (f"/dev/disk/by-uuid/{ARRAY_UUID}" in links_to(node)) == linked
+                assert ("/dev/disk/by-label/guest-array" in links_to(node)) == linked
+                assert (properties(node) >= FLAGS) != linked
+                assert bool(links_to(node)) == linked
         finally:
             let_go()

@@ -34,6 +34,7 @@ from sendense_restored.daemon.host.udev import BlockEvents
 from sendense_restored.daemon.host.workplace import Workplace
 from sendense_restored.daemon.session import Session, Wish
 from sendense_restored.daemon.store import Backup, BackupDisk, Repository
+from tests.vm import udev
 from tools.lab.children import guarded
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ async def test_disks_come_and_go_and_nothing_is_left(
         async with attached(attacher, settings, disk) as disks:
             assert states(attacher) == ["ours", "free", "free"]
             device = await disks.nbd.slice(*FIRST, writable=False)
+            assert isinstance(device, NbdNode), "the partition's node came late: a loop is in its place"
             assert await read(device.path, 4096) == b"\x11" * 4096
             await device.close()
         assert states(attacher) == ["free"] * 3
@@ -266,7 +268,32 @@ async def test_a_partition_has_the_kernel_s_node_where_it_agrees_and_a_loop_wher
             whole = await read(Path("/dev/nbd0"), 512, offset=start)
             assert await read(device.path, 512) == whole
             assert (await asyncio.to_thread(device.path.read_bytes))[size - 1 :] != b"", "as long as it was asked for"
+            udev.settle()
+            assert udev.left_alone(str(device.path)), udev.properties(str(device.path))
             await device.close()
+
+
+async def test_the_host_leaves_loops_over_an_image_server_alone(
+    settings: config.Config, events: BlockEvents, disk: Path
+) -> None:
+    """The real ones, whose backing file lies in the mount namespace of a server."""
+    fuse = replace(
+        settings,
+        attach=replace(settings.attach, backend="fuse"),
+        paths=replace(settings.paths, runtime=Path("/run/sendense-restore/test")),
+    )
+    attacher = Attacher(Tools.find(REQUIRED_TOOLS, OPTIONAL_TOOLS), fuse, events, Threads())
+    fuse.paths.runtime.mkdir()
+    try:
+        async with attached(attacher, fuse, disk) as disks:
+            device = await disks.made[0].slice(*FIRST, writable=False)
+            assert isinstance(device, LoopDevice)
+            udev.settle()
+            assert udev.left_alone(str(device.path)), udev.properties(str(device.path))
+            await device.close()
+    finally:
+        await attacher.close()
+        fuse.paths.runtime.rmdir()
 
 
 async def test_writes_go_to_the_overlay_and_are_counted_and_the_images_stay(
@@ -380,13 +407,18 @@ async def test_nbd_and_nothing_else_is_no_device_when_the_pool_is_empty(
 # --- death and hanging ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["server", "client"])
+@pytest.mark.parametrize("which", ["server", "client", "device"])
 async def test_a_killed_program_is_noticed_readers_get_eio_and_the_device_is_freed(
     attacher: Attacher, settings: config.Config, disk: Path, which: str
 ) -> None:
     async with attached(attacher, settings, disk) as disks:
         device = await disks.nbd.slice(*FIRST, writable=False)
-        os.kill(disks.server if which == "server" else disks.client, signal.SIGKILL)
+        if which == "device":  # disconnected by somebody who may
+            quiet = asyncio.subprocess.DEVNULL
+            disconnecting = await asyncio.create_subprocess_exec("qemu-nbd", "-d", "/dev/nbd0", stdout=quiet)
+            assert await disconnecting.wait() == 0
+        else:
+            os.kill(disks.server if which == "server" else disks.client, signal.SIGKILL)
         async with asyncio.timeout(SECONDS):
             assert "ended" in await disks.nbd.lost
         with pytest.raises(OSError, match="Input/output error"):

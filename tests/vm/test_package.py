@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -23,8 +24,10 @@ from tests.vm.appliance import (
     run,
     unit,
 )
-from tests.vm.watching import LOCKS, Watch, logs
+from tests.vm.watching import LOCKS, Watch, logs, processes
+from tools.lab import leftovers
 from tools.lab.vm import backups
+from tools.lab.vm.inside import INSTALLED
 from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ def apt(*arguments: str) -> str:
 
 
 def test_installing_has_started_it() -> None:
-    assert unit(SERVICE, "ActiveState") == "active"
+    """And not a caller: what systemd said before there was one."""
+    assert {"ActiveState=active", "SubState=running"} <= set(INSTALLED.read_text(encoding="utf-8").split())
     assert unit(SERVICE, "UnitFileState") == "enabled"
     owner = output("/usr/bin/busctl", "--system", "status", BUS_NAME)
     assert f"PID={main_pid()}\n" in owner
@@ -62,6 +66,68 @@ def test_the_unit_is_no_more_exposed_than_it_was() -> None:
     found = re.search(r"Overall exposure level for .*: ([0-9.]+)", table)
     assert found is not None
     assert float(found[1]) <= MOST_EXPOSURE, table
+
+
+def test_the_unit_explains_what_it_leaves_open() -> None:
+    """Each line that systemd marks, in the words of this release.
+
+    What the unit sets stands below a comment that says why (a unit test); all else has to be named at its end.
+    """
+    table = output("/usr/bin/systemd-analyze", "security", "--no-pager", "--json=short", SERVICE)
+    text = output("/usr/bin/systemctl", "cat", SERVICE)
+    marked = {line["name"] for line in json.loads(table) if line["set"] is False and line["exposure"]}
+    assert {"CapabilityBoundingSet=~CAP_SYS_ADMIN", "PrivateNetwork="} <= marked
+    assert {name for name in marked if not any(re.search(what, text) for what in meant(name))} == set()
+
+
+def meant(line: str) -> list[str]:
+    """Patterns for what a line is about: ``User=/DynamicUser=``, or ``...=~CAP_(DAC_*|FOWNER)`` for parts."""
+    directives, _, value = line.partition("=~")
+    if not value:
+        return [re.escape(f"{each.rstrip('=')}=") for each in directives.split("/")]
+    prefix, _, choices = value.rstrip(")").partition("(")
+    return [rf"(?<!\w){prefix}{choice}".replace("*", "") for choice in choices.split("|")]
+
+
+async def test_readers_and_servers_are_in_the_slice_which_is_bounded(appliance: Appliance) -> None:
+    group = Path("/sys/fs/cgroup" + unit(SERVICE, "ControlGroup"))
+    limits = group.parent
+    assert limits.name == "sendense-restore.slice"
+    for name in ("memory.max", "memory.high", "pids.max"):
+        assert (limits / name).read_text(encoding="ascii").strip().isdigit(), f"{name} of the slice has no bound"
+    async with await Client.connect() as client:
+        mount = await client.mount(appliance.backups[0])
+        running = processes()
+        for part in ("qemu-nbd", "nbd-client", "sendense_restored.reader"):
+            assert any(part in command for command in running.values()), part
+        await client.unmount(mount)
+
+
+async def test_mounts_are_the_service_s_own(appliance: Appliance) -> None:
+    """Nobody else sees them."""
+    before = leftovers.mounts_of(1)
+    async with await Client.connect() as client:
+        mount = await client.mount(appliance.backups[0])
+        assert leftovers.mounts_of(1) == before
+        assert leftovers.mounts_of(main_pid()) != before
+        await client.unmount(mount)
+
+
+def test_what_people_read_and_press_tab_for_is_installed() -> None:
+    installed = {
+        package: output("/usr/bin/dpkg", "--listfiles", package).splitlines()
+        for package in ("sendense-restore", "sendense-restored")
+    }
+    pages = ("man8/sendense-restored.8.gz", "man5/restored.toml.5.gz")
+    assert {f"/usr/share/man/{page}" for page in pages} <= set(installed["sendense-restored"])
+    completions = (
+        "bash-completion/completions/sendense-restore",
+        "zsh/vendor-completions/_sendense-restore",
+        "fish/vendor_completions.d/sendense-restore.fish",
+    )
+    theirs = {"/usr/share/man/man1/sendense-restore.1.gz", *(f"/usr/share/{path}" for path in completions)}
+    assert theirs <= set(installed["sendense-restore"])
+    assert "/etc/sendense/restored.toml" in installed["sendense-restored"]
 
 
 def test_no_helper_opens_a_file_by_its_handle() -> None:
@@ -138,7 +204,10 @@ def test_a_reload_takes_the_configuration_over() -> None:
 
 @pytest.mark.long
 def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> None:
-    """What is mounted below the state directory, and what somebody has put in the place of the locks."""
+    """At first all of its own goes; then there is something of others' in the state directory, and as locks."""
+    apt("purge", "sendense-restored", "sendense-restore")
+    assert [path for path in named_after_it() if not path.is_relative_to(LOCKS)] == []
+    install()
     theirs, elsewhere = STATE / "overlays/theirs", Path("/var/lib/theirs")
     for directory in (theirs.parent, elsewhere):
         directory.mkdir()
@@ -149,15 +218,8 @@ def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> No
         run("/usr/bin/rm", "-r", LOCKS)
         run("/usr/bin/mkdir", "-p", LOCKS / "nbd0", user=STRANGER)
         said = apt("purge", "sendense-restored", "sendense-restore")
-        left = [
-            path
-            for directory in ("/etc", "/mnt", "/run", "/usr", "/var/lib")
-            for path in output("/usr/bin/find", directory, "-xdev", "-iname", "*sendense*").splitlines()
-            # The rig's own, and what LVM remembers of a volume group that an earlier test had.
-            if not re.search(r"sendense[-.]tests|^/run/lvm/", path)
-        ]
         # Locks stay until the machine starts anew, wherever /run/lock is mounted.
-        assert [path for path in left if not Path(path).is_relative_to(LOCKS)] == [str(STATE)]
+        assert [path for path in named_after_it() if not path.is_relative_to(LOCKS)] == [STATE]
         assert f"{STATE} stays" in said
         assert list(STATE.iterdir()) == [theirs.parent]
         assert theirs.exists()
@@ -168,9 +230,25 @@ def test_purging_leaves_the_users_and_what_is_others(appliance: Appliance) -> No
         run("/usr/bin/umount", theirs.parent)
         theirs.parent.rmdir()
         shutil.rmtree(elsewhere)
-        apt("install", *PACKAGES)
-        known = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")
-        restore("catalog", "scan", known["repository_id"], user="root")
+        install()
+
+
+def named_after_it() -> list[Path]:
+    """All files of the machine that bear the name of the project."""
+    return [
+        Path(path)
+        for directory in ("/etc", "/mnt", "/run", "/usr", "/var/lib")
+        for path in output("/usr/bin/find", directory, "-xdev", "-iname", "*sendense*").splitlines()
+        # The rig's own, and what LVM remembers of a volume group that an earlier test had.
+        if not re.search(r"sendense[-.]tests|^/run/lvm/", path)
+    ]
+
+
+def install() -> None:
+    """Install the packages anew, and have the catalogue know the backups."""
+    apt("install", *PACKAGES)
+    known = restore("catalog", "add-repository", "nightly", str(backups.REPOSITORY), user="root")
+    restore("catalog", "scan", known["repository_id"], user="root")
 
 
 async def test_locks_that_a_user_has_made_keep_nobody_from_a_device(appliance: Appliance) -> None:

@@ -54,6 +54,10 @@ def follow(section: str, ids: dict[str, str]) -> list[str]:
             ids["BACKUP"] = backups[0]["backup_id"]["data"]
         elif words[1] == "mount":
             ids["MOUNT"] = said.strip()
+        elif words[1] == "tree":
+            assert "/com/sendense/Restore1" in said
+        elif "ListFiles" in words:
+            assert '"hostname"' in said
         elif "Mount" in words:
             (ids["OBJECT"],) = re.findall(r'^o "(/com/sendense/Restore1/mounts/\w+)"$', said, re.MULTILINE)
     return [words[1] for words, _ in commands(section)]
@@ -111,5 +115,6 @@ def run_it(command: list[str], user: str) -> str:
             call(MANAGER, "ListMounts", "a{sv}", "0")
             first = program.stdout.readline()
             program.kill()
+        assert first.strip(), "it shows nothing"
         return first
     return run("/usr/bin/env", f"--chdir={HOME}", *command, user=user).stdout

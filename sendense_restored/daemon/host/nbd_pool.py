@@ -155,7 +155,6 @@ class Pool:
         parameters = sys / "module" / "nbd" / "parameters"
         self.max_part = _number(parameters / "max_part") or 0
         """How many partitions of each the kernel makes nodes for; 0: none, and loops carry all volumes."""
-        """How many the module has made; the kernel may have made more since."""
         self._numbers = tuple(numbers)
         self._taken: dict[int, NbdDevice] = {}
         self._draining: dict[int, asyncio.Task[None]] = {}
