@@ -233,7 +233,7 @@ class Calls:
         except TooLongError:
             self._answer_error(
                 message,
-                errors.TooLarge("the answer does not fit into a message; ask for less at a time (option 'limit')"),
+                errors.TooLarge("the answer does not fit into a message; ask for less at a time"),
             )
         except WireError as bug:
             self._answer_bug(message, bug)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .ntfs import Ntfs
 
 _CHECK_EVERY = 256
+# Bytes of all texts of a page, each entry with something for the rest of it: what the daemon makes of that has to fit
+# a message of the bus (8 MiB, ``wire.codec``), and a guest's names and targets can be long.
+_ROOM = 6 << 20
+_BESIDES = 256
 _TYPE, _MODE = stat_module.S_IFMT(0xFFFF), 0o7777
 
 
@@ -36,8 +40,9 @@ def list_directory(
 ) -> Listing:
     """The ``limit`` entries after the name ``cursor``, in the order of the names' bytes; links to it are followed.
 
-    The directory is read once per page, and only the page is held and looked at, so memory does not grow with the
-    directory and there is no size from which order is lost. ``check`` is called now and then and may raise.
+    There are fewer if their texts are very long, and then a cursor that asks for the rest. The directory is read once
+    per page, and only the page is held and looked at, so memory does not grow with the directory and there is no size
+    from which order is lost. ``check`` is called now and then and may raise.
     Raises NotADirectory, PathNotFound, InvalidPath, Unreadable or Unavailable.
     """
     after = names.to_bytes(cursor)
@@ -46,15 +51,28 @@ def list_directory(
         with os.scandir(directory) as scan:
             found = _first_names(scan, after, limit + 1, check)
             entries: list[Entry] = []
+            complete, room = len(found) <= limit, _ROOM
             for name, _, entry in found[:limit]:
                 text = names.to_text(name)
-                if not entries or text != entries[-1].name:  # a damaged directory may have a name twice
-                    entries.append(_entry(directory, path, name, text, entry, ntfs))
+                if entries and text == entries[-1].name:  # a damaged directory may have a name twice
+                    continue
+                row = _entry(directory, path, name, text, entry, ntfs)
+                room -= (
+                    _BESIDES + _length(text) + _length(row.target) + _length(str(row.extras.get("unreadable", "")))
+                )
+                if entries and room < 0:
+                    complete = False
+                    break
+                entries.append(row)
     except OSError as error:
         raise refused(error, path) from None
     finally:
         os.close(directory)
-    return Listing(entries, entries[-1].name if len(found) > limit else "")
+    return Listing(entries, "" if complete else entries[-1].name)
+
+
+def _length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _first_names(

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sendense_restored import errors, linux, names
+from sendense_restored.daemon import packing
 from sendense_restored.reader import pages, tree
 from sendense_restored.reader.protocol import I64
+from sendense_restored.wire.codec import MessageType, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sendense_restored.reader.protocol import Listing
@@ -45,6 +48,37 @@ def make_socket(path: Path) -> None:
 
 
 # --- listing ----------------------------------------------------------------------------------------------------
+
+
+def the_pages(root: int, limit: int = 1000) -> Iterator[Listing]:
+    """Of the volume's own directory, to its end."""
+    page = listed(root, limit=limit)
+    yield page
+    while page.cursor:
+        page = listed(root, limit=limit, cursor=page.cursor)
+        yield page
+
+
+async def test_a_page_fits_a_message_whatever_a_guest_has_made(root: int, volume: Path) -> None:
+    """The longest names and targets, in bytes whose text form is the longest."""
+    made = [b"%04d" % number + b"\xff" * 251 for number in range(1200)]
+    for name in made:
+        os.symlink(b"\xff" * 4095, os.path.join(os.fsencode(volume), name))  # noqa: PTH118, PTH211 - in bytes
+    found = []
+    for page in the_pages(root, limit=1000):
+        assert len(page.entries) >= 400 or not page.cursor, "it makes use of the room"
+        found += [names.to_bytes(entry.name) for entry in page.entries]
+        rows = await packing.rows(page.entries)
+        to = {"reply_serial": 1}
+        encode(MessageType.METHOD_RETURN, 1, to, signature="a(sstuxsa{sv})s", body=[rows, page.cursor])
+    assert found == made
+
+
+def test_a_page_has_one_entry_at_least(root: int, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        (volume / name).symlink_to("x" * 1000)
+    monkeypatch.setattr(pages, "_ROOM", 100)
+    assert [[entry.name for entry in page.entries] for page in the_pages(root)] == [["a"], ["b"], ["c"]]
 
 
 def test_a_listing_tells_kinds_sizes_modes_and_targets(root: int, volume: Path) -> None:
