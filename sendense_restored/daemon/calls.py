@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 STANDARD_ERROR = "org.freedesktop.DBus.Error."
 _MOST_ERROR_TEXT = 2000
 _LONG = 500
+_STOPPING = "the service is stopping; try again in a moment"
 
 
 class BadCallError(Exception):
@@ -134,7 +135,7 @@ class Calls:
         sender = self._senders.setdefault(message.sender, _Sender())
         refusal: errors.RestoreError | None = None
         if self._closing:
-            refusal = errors.Unavailable("the service is stopping; try again in a moment")
+            refusal = errors.Unavailable(_STOPPING)
         elif len(self._tasks) >= self._limits.total:
             refusal = errors.LimitReached("the service has too many calls to answer; try again in a moment")
         elif len(sender.tasks) >= self._limits.per_sender:
@@ -186,7 +187,9 @@ class Calls:
 
     def _finished(self, message: Incoming, task: asyncio.Task[None]) -> None:
         message.release()
-        if task.cancelled():
+        if task.cancelled() and self._closing:
+            self._answer_error(message, errors.Unavailable(_STOPPING))
+        elif task.cancelled():
             self._answer_error(message, errors.Cancelled("the call was cancelled; ask again if it is still wanted"))
 
     async def _handle(self, message: Incoming, sender: _Sender) -> Reply:

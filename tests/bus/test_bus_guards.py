@@ -339,7 +339,7 @@ async def test_more_calls_than_the_limit_are_refused_and_the_rest_goes_on(
     assert {error_of(call.result())[0] for call in calls if call.done()} == {"LimitReached"}
     await bus.close()
     replies = await asyncio.gather(*calls)
-    assert sorted(error_of(reply)[0] for reply in replies) == ["Cancelled"] * 5 + ["LimitReached"] * 3
+    assert sorted(error_of(reply)[0] for reply in replies) == ["LimitReached"] * 3 + ["Unavailable"] * 5
     assert hanging.cancelled == 5
 
 
@@ -626,7 +626,9 @@ async def test_closing_answers_what_runs_and_leaves_nothing_open(
     await hanging.wait(10)
     await bus.close()
     await bus.close()
-    assert {error_of(reply)[0] for reply in await asyncio.gather(*calls)} == {"Cancelled"}
+    assert {error_of(reply) for reply in await asyncio.gather(*calls)} == {
+        ("Unavailable", "the service is stopping; try again in a moment")
+    }
     assert bus.lost.result() == "closed"
     assert settled() == before
 
