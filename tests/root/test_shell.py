@@ -450,5 +450,5 @@ async def test_a_service_that_ends_takes_its_shells_along_and_gives_the_terminal
     await start_stubborn_programs(terminal, trace)
     os.kill(daemon.pid, number)
     await trace.gone()
-    assert await exit_code(typed) in {errors.Unavailable.exit_code, errors.Cancelled.exit_code}
+    assert await exit_code(typed) == errors.Unavailable.exit_code
     assert terminal.modes == modes
