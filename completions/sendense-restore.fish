@@ -71,7 +71,7 @@ complete -c sendense-restore -f
 # the program itself
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a backups -d 'List the backups of the catalogue, newest first'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a mount -d 'Mount a backup read-only, or join those who have it mounted'
-complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a mounts -d 'List your mounts'
+complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a mounts -d 'List your mounts. Root, and whoever may read those of others, sees all of them'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a volumes -d 'List a mount\'s volumes, and why those that are not open are not'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a ls -d 'List a guest directory'
 complete -c sendense-restore -n '__sendense_restore_at \'\' 1' -a tree -d 'Draw a guest directory and all that is below it'

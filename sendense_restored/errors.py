@@ -185,7 +185,7 @@ class Cancelled(RestoreError):
 
 
 class TooLarge(RestoreError):
-    """A configured size limit would be exceeded, or an answer does not fit a message."""
+    """A configured size limit would be exceeded, or an answer does not fit into a message."""
 
     http_status, exit_code = 413, 17
 

@@ -116,7 +116,7 @@ def mount(
 
 
 def mounts(*, as_json: bool = JSON) -> None:
-    """List your mounts; for root, and for who may read those of others, all mounts."""
+    """List your mounts. Root, and whoever may read those of others, sees all of them."""
 
     async def existing(client: Client) -> AsyncIterator[MountInfo]:
         for mount_id in await client.list_mounts():

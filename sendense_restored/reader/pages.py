@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sendense_restored import names
 
-from .protocol import I64, U32, Entry, Listing
+from .protocol import I64, MAX_PAGE, U32, Entry, Listing, space_of
 from .tree import KINDS, NO_RESOURCES, clamped, link_target, open_directory, refused
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from .ntfs import Ntfs
 
 _CHECK_EVERY = 256
-# Bytes of all texts of a page, each entry with something for the rest of it: what the daemon makes of that has to fit
-# a message of the bus (8 MiB, ``wire.codec``), and a guest's names and targets can be long.
-_ROOM = 6 << 20
-_BESIDES = 256
 _TYPE, _MODE = stat_module.S_IFMT(0xFFFF), 0o7777
 
 
@@ -51,15 +47,13 @@ def list_directory(
         with os.scandir(directory) as scan:
             found = _first_names(scan, after, limit + 1, check)
             entries: list[Entry] = []
-            complete, room = len(found) <= limit, _ROOM
+            complete, room = len(found) <= limit, MAX_PAGE
             for name, _, entry in found[:limit]:
                 text = names.to_text(name)
                 if entries and text == entries[-1].name:  # a damaged directory may have a name twice
                     continue
                 row = _entry(directory, path, name, text, entry, ntfs)
-                room -= (
-                    _BESIDES + _length(text) + _length(row.target) + _length(str(row.extras.get("unreadable", "")))
-                )
+                room -= space_of(row)
                 if entries and room < 0:
                     complete = False
                     break
@@ -69,10 +63,6 @@ def list_directory(
     finally:
         os.close(directory)
     return Listing(entries, "" if complete else entries[-1].name)
-
-
-def _length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def _first_names(

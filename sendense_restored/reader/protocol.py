@@ -38,6 +38,10 @@ MAX_FDS = 64
 MAX_LIMIT = 10_000
 """Entries of the longest page of a listing."""
 
+MAX_PAGE = 6 << 20
+"""Bytes of a page (``space_of``), but for one that has one entry: what the daemon makes of it has to fit a message of
+the bus (8 MiB, ``wire.codec``), and a guest's names and targets can be long."""
+
 MAX_XATTRS = 16 << 10
 """Bytes of a file's extended attribute names that are told, so that they always fit a frame."""
 
@@ -55,6 +59,7 @@ MAX_MESSAGE = 2000
 
 _SEND_BUFFER = 2 * MAX_FRAME
 _AT_ONCE = 64  # entries; encoding them one by one takes half as long again
+_BESIDES_TEXTS = 256  # of an entry; on the bus it is 147 at most
 _FRAME_MARGIN = 256  # what stands around the entries of a listing, apart from the cursor
 
 U32, U64, I64 = 2**32 - 1, 2**64 - 1, 2**63 - 1
@@ -86,6 +91,12 @@ class Entry(NamedTuple):
     mtime_ns: int
     target: str
     extras: dict[str, str | int | bool]
+
+
+def space_of(entry: Entry) -> int:
+    """Bytes that an entry takes of a page: its texts, and something for all else."""
+    texts = (entry.name, entry.target, str(entry.extras.get("unreadable", "")))
+    return _BESIDES_TEXTS + sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
 class Listing(NamedTuple):

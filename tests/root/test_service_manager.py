@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sendense_restored.daemon.bus import Bus
-from tools.lab import idle, leftovers
-from tools.lab.bus import private_bus
+from tools.lab import children, idle, leftovers
+from tools.lab.bus import CHECKOUT, private_bus
 from tools.lab.service import BUS_NAME, service
 
 if TYPE_CHECKING:
@@ -113,22 +114,24 @@ def test_a_start_that_fails_says_why_to_the_manager(machine: Machine, manager: M
 
 @pytest.fixture
 def private(tmp_path: Path) -> Iterator[PrivateBus]:
-    """To be made before ``manager``, as a bus tells that as well when it is ready."""
+    """Before ``manager``: dbus-daemon, too, sends READY=1 to a NOTIFY_SOCKET that it finds in its environment."""
     with private_bus(tmp_path) as bus:
         yield bus
 
 
 async def test_who_does_not_get_the_name_is_not_ready(private: PrivateBus, manager: Manager, tmp_path: Path) -> None:
+    configuration, log = tmp_path / "restored.toml", tmp_path / "daemon.log"
+    configuration.write_text(f'[database]\nurl = "sqlite:///{tmp_path}/restore.db"\n')
+    argv = [sys.executable, "-m", "sendense_restored.daemon", "--config", str(configuration)]
+    environment = {**private.environment, "PYTHONPATH": str(CHECKOUT)}
     other = await Bus.connect(private.address)
-    await other.own(BUS_NAME)
-    with service(private, tmp_path) as daemon:
-        pidfd = os.pidfd_open(daemon.pid)
-        ended = select.poll()
-        ended.register(pidfd, select.POLLIN)
-        assert ended.poll(60_000)
-        os.close(pidfd)
-    await other.close()
-    assert "belongs to another process" in daemon.log.read_text()
+    try:
+        await other.own(BUS_NAME)
+        with children.running(argv, log=log, environment=environment) as daemon:
+            assert await asyncio.to_thread(daemon.wait, 60) not in {0, 78}
+    finally:
+        await other.close()
+    assert "belongs to another process" in log.read_text()
     assert not [said for said in manager.has_heard() if said.startswith("READY=")]
 
 

@@ -188,7 +188,7 @@ def broken(module: Module, known: frozenset[str]) -> list[str]:
             complaints.append(f"{module.name} (floor {own}) imports {other} (floor {its})")
     if module.name not in DOORS["subprocess"]:
         complaints += [
-            f"{module.name} starts programs ({node.attr}): that is daemon/host/child.py's"
+            f"{module.name} starts programs ({node.attr}): go through daemon/host/process.py"
             for node in ast.walk(module.tree)
             if isinstance(node, ast.Attribute) and node.attr in STARTERS
         ]

@@ -236,6 +236,24 @@ def test_the_limit_holds_over_all_frames_and_none_is_empty() -> None:
         parts.add({"entries": [row(name="c"), row(name="d")]}, last=False)
 
 
+def test_a_page_has_a_length_too_over_all_frames() -> None:
+    """Else one that has as many entries as it may, each as long as it may be, would have 200 MiB."""
+    parts = answers.ListingParts(limit=10_000, cursor="")
+    longest = {"kind": "symlink", "target": "\uefff" * names.MAX_PATH, "extras": {"unreadable": "x" * 2000}}
+    rows = [row(name=f"{number:04}", **longest) for number in range(1000)]
+    accepted = 0
+
+    def add() -> None:
+        nonlocal accepted
+        for each in rows:
+            parts.add({"entries": [each]}, last=False)
+            accepted += protocol.space_of(Entry(*each))  # type: ignore[arg-type]
+
+    with pytest.raises(ProtocolError, match="too long"):
+        add()
+    assert protocol.MAX_PAGE - 20_000 < accepted <= protocol.MAX_PAGE
+
+
 @pytest.mark.parametrize(
     "changed",
     [

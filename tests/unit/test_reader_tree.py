@@ -74,10 +74,27 @@ async def test_a_page_fits_a_message_whatever_a_guest_has_made(root: int, volume
     assert found == made
 
 
+async def test_a_page_of_what_cannot_be_read_fits_a_message(
+    root: int, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entry says why, and where it is: on a damaged disk, below a long path."""
+    real = pages._entry
+    extras: dict[str, str | int | bool] = {"unreadable": "\U0001f4a5" * 500}
+    monkeypatch.setattr(pages, "_entry", lambda *given: real(*given)._replace(extras=extras))
+    for number in range(6000):
+        (volume / f"{number:04}").touch()
+    sizes = [len(page.entries) for page in the_pages(root, limit=10_000)]
+    assert sum(sizes) == 6000
+    assert len(sizes) == 3
+    rows = await packing.rows(listed(root, limit=10_000).entries)
+    to = {"reply_serial": 1}
+    encode(MessageType.METHOD_RETURN, 1, to, signature="a(sstuxsa{sv})s", body=[rows, ""])
+
+
 def test_a_page_has_one_entry_at_least(root: int, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         (volume / name).symlink_to("x" * 1000)
-    monkeypatch.setattr(pages, "_ROOM", 100)
+    monkeypatch.setattr(pages, "MAX_PAGE", 100)
     assert [[entry.name for entry in page.entries] for page in the_pages(root)] == [["a"], ["b"], ["c"]]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import pickle
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -299,8 +301,12 @@ signal.pause()
         owner.kill()
     poll = select.poll()
     poll.register(machine, select.POLLIN)
-    assert poll.poll(60_000), "it runs for nobody"
-    os.close(machine)
+    try:
+        assert poll.poll(60_000), "it runs for nobody"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(machine, signal.SIGKILL)
+        os.close(machine)
 
 
 def test_a_machine_that_does_not_start_says_why(boot: Callable[[str], qemu.VirtualMachine]) -> None:
@@ -545,6 +551,8 @@ def test_a_flight_record_is_of_the_test_that_runs(recording: int, tmp_path: Path
     assert inside.flight_record() == told
     again = inside._Recorder("udev", ("true",))  # the next pytest begins
     again.close()
+    assert inside.flight_record()[1] == ("udev", "")
+    (tmp_path / "udev.mark").write_bytes(b"")  # as after a panic
     assert inside.flight_record()[1] == ("udev", "")
 
 

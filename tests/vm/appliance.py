@@ -5,6 +5,7 @@ Everything is done through what the packages installed: the command line, ``busc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from tools.lab.vm import backups
 from tools.lab.vm.project import MOUNTED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SERVICE = "sendense-restored.service"
 BUS_NAME = "com.sendense.Restore1"
@@ -48,6 +49,13 @@ def run(*command: str | Path, user: str = "root", check: bool = True) -> subproc
 def output(*command: str | Path, user: str = "root") -> str:
     """What a program prints."""
     return run(*command, user=user).stdout
+
+
+def tool(name: str, *arguments: str, check: bool = True) -> str:
+    """What a program prints, wherever the release has it."""
+    path = shutil.which(name, path="/usr/sbin:/usr/bin")
+    assert path is not None, f"{name} is not installed"
+    return run(path, *arguments, check=check).stdout
 
 
 def restore(*arguments: str, user: str = MEMBER) -> Any:  # noqa: ANN401 - what JSON has
@@ -120,6 +128,27 @@ class Appliance:
         """Mount a backup of the chain; the mount's id."""
         (path,) = call(MANAGER, "Mount", "sa{sv}", self.backups[number], "0", user=user)
         return str(path).rpartition("/")[2].replace("_", "-")
+
+
+@contextlib.contextmanager
+def repository(name: str, directory: Path) -> Iterator[str]:
+    """A directory as one more repository, its id; afterwards it, its mounts and its files are gone."""
+    known = ""
+    try:
+        known = restore("catalog", "add-repository", name, str(directory), user="root")["repository_id"]
+        restore("catalog", "scan", known, user="root")
+        yield known
+    finally:
+        for mount in mounts():  # with mounts of it, it could not be removed
+            unmount(mount)
+        if known:
+            restore("catalog", "remove-repository", known, user="root")
+        shutil.rmtree(directory)
+
+
+def unmount(mount: str) -> None:
+    """By force."""
+    call(mount_object(mount), "Unmount", "a{sv}", "1", "force", "b", "true")
 
 
 def set_up() -> Appliance:

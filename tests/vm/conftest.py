@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.appliance import Appliance, call, census, mount_object, mounts, set_up
+from tests.vm.appliance import Appliance, census, mounts, set_up, unmount
 from tests.vm.watching import assert_at_rest, let_go
 from tools.lab import leftovers
 from tools.lab.vm.image import SUITES
@@ -48,7 +48,7 @@ def nothing_left_on_the_machine(debian: str) -> Iterator[None]:  # noqa: ARG001 
     before = census()
     yield
     for mount in mounts():
-        call(mount_object(mount), "Unmount", "a{sv}", "1", "force", "b", "true")
+        unmount(mount)
     if left := leftovers.left_in_time(before, census):
         pytest.fail("left on the machine: " + ", ".join(left))
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.udev import FLAGS, links_to, properties, run, settle
+from tests.vm.appliance import tool
+from tests.vm.udev import FLAGS, left_alone, links_to, properties, settle
 from tools.lab import leftovers
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def await_devices(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def active_volumes() -> set[str]:
-    return set(run("dmsetup", "ls", "--target", "linear").split()) & {"guest-root", "sendense-root"}
+    return set(tool("dmsetup", "ls", "--target", "linear").split()) & {"guest-root", "sendense-root"}
 
 
 def arrays() -> list[str]:
@@ -47,12 +48,12 @@ def offset(partition: str) -> int:
 def loop(file: Path, start: int = 0, size: int = 0) -> Iterator[str]:
     """A loop device over a part of a file."""
     part = ("--offset", str(start), "--sizelimit", str(size)) if size else ()
-    device = run("losetup", "--find", "--show", *part, str(file)).strip()
+    device = tool("losetup", "--find", "--show", *part, str(file)).strip()
     try:
         settle()
         yield device
     finally:
-        run("losetup", "--detach", device)
+        tool("losetup", "--detach", device)
         settle()
 
 
@@ -61,11 +62,11 @@ def exported(file: Path) -> Iterator[Path]:
     """The file under a path that the exports of image servers have."""
     export = Path("/run/sendense-restore/test-disk-0")
     export.touch()
-    run("mount", "--bind", str(file), str(export))
+    tool("mount", "--bind", str(file), str(export))
     try:
         yield export
     finally:
-        run("umount", str(export))
+        tool("umount", str(export))
         export.unlink()
 
 
@@ -73,42 +74,42 @@ def exported(file: Path) -> Iterator[Path]:
 def nbd(number: int, image: Path) -> Iterator[str]:
     """A disk on one of the kernel's NBD devices, connected by hand, with its partitions; it stays as it is."""
     device = f"/dev/nbd{number}"
-    run("qemu-nbd", f"--connect={device}", "--snapshot", "--format=raw", str(image))
+    tool("qemu-nbd", f"--connect={device}", "--snapshot", "--format=raw", str(image))
     try:
-        run("udevadm", "wait", "--timeout=60", f"{device}p5")
+        tool("udevadm", "wait", "--timeout=60", f"{device}p5")
         settle()
         yield device
     finally:
-        run("qemu-nbd", "--disconnect", device)
+        tool("qemu-nbd", "--disconnect", device)
         await_devices(lambda: not Path(f"/sys/block/nbd{number}/pid").exists(), "somebody holds the device")
         settle()
 
 
 def assert_hidden_from_udisks(device: str) -> None:
     """Depending on the release, it does not know of the device, or is to show it to nobody."""
-    told = run("udisksctl", "info", "--block-device", device, check=False)
+    told = tool("udisksctl", "info", "--block-device", device, check=False)
     assert told == "" or "HintIgnore:                 true" in told
     assert EXT4_UUID not in told
 
 
 def let_go() -> None:
     """Undo what the host has made of a disk that it was let at."""
-    run("vgchange", "-an", "guest", check=False)
+    tool("vgchange", "-an", "guest", check=False)
     for array in arrays():
-        run("mdadm", "--stop", f"/dev/{array}", check=False)
+        tool("mdadm", "--stop", f"/dev/{array}", check=False)
     settle()
 
 
 def fill(export: Path) -> None:
     """Make what is on the partitions."""
     with loop(export, offset("lvm"), SIZE * 512) as device:
-        run("vgcreate", "guest", device)
-        run("lvcreate", "--yes", "--name=root", "--extents=4", "guest")
-        run("vgchange", "-an", "guest")
+        tool("vgcreate", "guest", device)
+        tool("lvcreate", "--yes", "--name=root", "--extents=4", "guest")
+        tool("vgchange", "-an", "guest")
     with loop(export, offset("btrfs"), SIZE * 512) as device:
-        run("mkfs.btrfs", "--quiet", "--mixed", device)
+        tool("mkfs.btrfs", "--quiet", "--mixed", device)
     with loop(export, offset("md"), SIZE * 512) as device:
-        run(
+        tool(
             "mdadm",
             "--create",
             "/dev/md/guest",
@@ -118,12 +119,12 @@ def fill(export: Path) -> None:
             device,
             "missing",
         )
-        run("mkfs.ext4", "-q", "-U", ARRAY_UUID, "-L", "guest-array", "/dev/md/guest")
-        run("mdadm", "--stop", "/dev/md/guest")
+        tool("mkfs.ext4", "-q", "-U", ARRAY_UUID, "-L", "guest-array", "/dev/md/guest")
+        tool("mdadm", "--stop", "/dev/md/guest")
     with loop(export, offset("luks"), SIZE * 512) as device:
         key = WORK / "key"
         key.write_text("secret", encoding="ascii")
-        run(
+        tool(
             "cryptsetup",
             "-q",
             "luksFormat",
@@ -133,7 +134,7 @@ def fill(export: Path) -> None:
             str(key),
         )
     with loop(export, offset("ext4"), SIZE * 512) as device:
-        run("mkfs.ext4", "-q", "-U", EXT4_UUID, "-L", "guest-data", device)
+        tool("mkfs.ext4", "-q", "-U", EXT4_UUID, "-L", "guest-data", device)
 
 
 @pytest.fixture(scope="module")
@@ -142,27 +143,27 @@ def disk() -> Iterator[Path]:
     WORK.mkdir()
     image = WORK / "disk.raw"
     image.touch()
-    run("truncate", "--size=220M", str(image))
+    tool("truncate", "--size=220M", str(image))
     table = WORK / "table"
     table.write_text(
         "label: gpt\n" + "".join(f"start={START + n * SIZE}, size={SIZE}\n" for n in range(len(PARTITIONS))),
         encoding="utf-8",
     )
-    run("sh", "-c", f"sfdisk --quiet {image} <{table}")
+    tool("sh", "-c", f"sfdisk --quiet {image} <{table}")
     # Made where the rules reach, or the host would have it all at once.
     with exported(image) as export:
         fill(export)
     let_go()
     own = WORK / "own.raw"
     own.touch()
-    run("truncate", "--size=40M", str(own))
+    tool("truncate", "--size=40M", str(own))
     with loop(own) as device:
-        run("vgcreate", "sendense", device)
-        run("lvcreate", "--yes", "--name=root", "--extents=4", "sendense")
+        tool("vgcreate", "sendense", device)
+        tool("lvcreate", "--yes", "--name=root", "--extents=4", "sendense")
         yield image
         assert "sendense-root" in active_volumes(), "the host's own volume group was touched"
-        run("vgremove", "--yes", "sendense")
-    run("rm", "--recursive", str(WORK))
+        tool("vgremove", "--yes", "sendense")
+    tool("rm", "--recursive", str(WORK))
     for group in ("guest", "sendense"):  # what LVM remembers of them
         for kept in Path("/etc/lvm").glob(f"*/{group}*"):
             kept.unlink()
@@ -188,16 +189,11 @@ def test_disks_on_our_nbd_devices_are_left_alone(disk: Path) -> None:
     with nbd(0, disk):
         devices = ["/dev/nbd0", *(f"/dev/nbd0p{number}" for number in PARTITIONS.values())]
         for device in devices:
-            known = properties(device)
-            assert known >= FLAGS, device
-            assert not [each for each in known if each.startswith(("ID_FS_", "ID_PART_", "ID_BTRFS_", "LVM_"))], (
-                device
-            )
-        assert links_to(*devices) == []
+            assert left_alone(device), properties(device)
         assert "guest-root" not in active_volumes()
         assert arrays() == []
         # A disk that is written to and closed is not looked at again.
-        run("sh", "-c", "exec 3<>/dev/nbd0p1")
+        tool("sh", "-c", "exec 3<>/dev/nbd0p1")
         settle()
         assert "guest-root" not in active_volumes()
         assert links_to(*devices) == []
@@ -206,8 +202,8 @@ def test_disks_on_our_nbd_devices_are_left_alone(disk: Path) -> None:
 def test_udisks_offers_nothing_of_them(disk: Path) -> None:
     with nbd(0, disk), nbd(8, disk):
         try:
-            run("systemctl", "restart", "udisks2.service")  # it looks at everything before it has its name
-            assert EXT4_UUID in run("udisksctl", "info", "--block-device", "/dev/nbd8p5")
+            tool("systemctl", "restart", "udisks2.service")  # it looks at everything before it has its name
+            assert EXT4_UUID in tool("udisksctl", "info", "--block-device", "/dev/nbd8p5")
             assert_hidden_from_udisks("/dev/nbd0p5")
         finally:
             let_go()
@@ -215,15 +211,17 @@ def test_udisks_offers_nothing_of_them(disk: Path) -> None:
 
 def test_udisks_offers_nothing_of_loops_and_nodes_that_are_ours(disk: Path) -> None:
     name = "sndrst_udisks"
-    with exported(disk) as export, loop(export, offset("ext4"), SIZE * 512) as device:
-        run("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
+    part = (offset("ext4"), SIZE * 512)
+    with exported(disk) as export, loop(export, *part) as device, loop(disk, *part) as anybodys:
+        tool("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
         try:
             settle()
-            run("systemctl", "restart", "udisks2.service")
+            tool("systemctl", "restart", "udisks2.service")
+            assert EXT4_UUID in tool("udisksctl", "info", "--block-device", anybodys)
             assert_hidden_from_udisks(device)
             assert_hidden_from_udisks(f"/dev/mapper/{name}")
         finally:
-            run("dmsetup", "remove", name)
+            tool("dmsetup", "remove", name)
             settle()
 
 
@@ -231,10 +229,7 @@ def test_udisks_offers_nothing_of_loops_and_nodes_that_are_ours(disk: Path) -> N
 def test_loops_over_an_export_are_left_alone(disk: Path, partition: str) -> None:
     """As the fallback makes them, whose files have paths below the run-time directory."""
     with exported(disk) as export, loop(export, offset(partition), SIZE * 512) as device:
-        known = properties(device)
-        assert known >= FLAGS
-        assert not [each for each in known if each.startswith(("ID_FS_", "ID_BTRFS_", "LVM_"))]
-        assert links_to(device) == []
+        assert left_alone(device), properties(device)
         assert "guest-root" not in active_volumes()
         assert arrays() == []
 
@@ -251,16 +246,16 @@ def test_nodes_of_the_device_mapper_that_are_ours_have_no_links(disk: Path) -> N
     with loop(disk, offset("ext4"), SIZE * 512) as device:
         try:
             for name, linked in (("sndrst_0123456789ab", False), ("anybody", True)):
-                run("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
+                tool("dmsetup", "create", name, "--table", f"0 {SIZE} linear {device} 0")
                 settle()
                 node = str(Path(f"/dev/mapper/{name}").resolve())
                 assert (f"/dev/disk/by-uuid/{EXT4_UUID}" in links_to(node)) == linked
                 assert (properties(node) >= FLAGS) != linked
                 assert bool(links_to(node)) == linked
-                run("dmsetup", "remove", name)
+                tool("dmsetup", "remove", name)
         finally:
             for name in ("sndrst_0123456789ab", "anybody"):
-                run("dmsetup", "remove", name, check=False)
+                tool("dmsetup", "remove", name, check=False)
             settle()
 
 
@@ -271,7 +266,7 @@ def test_arrays_of_md_that_are_ours_have_no_links(disk: Path) -> None:
         try:
             for name, linked in (("sndrst_0", False), ("anybody", True)):
                 let_go()
-                run("mdadm", "--assemble", f"--config={names}", "--run", f"/dev/md/{name}", device)
+                tool("mdadm", "--assemble", f"--config={names}", "--run", f"/dev/md/{name}", device)
                 settle()
                 node = f"/dev/md_{name}"
                 assert (f"/dev/disk/by-uuid/{ARRAY_UUID}" in links_to(node)) == linked

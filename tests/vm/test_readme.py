@@ -54,7 +54,7 @@ def follow(section: str, ids: dict[str, str]) -> list[str]:
             ids["BACKUP"] = backups[0]["backup_id"]["data"]
         elif words[1] == "mount":
             ids["MOUNT"] = said.strip()
-        elif words[1] == "tree":
+        elif words[:2] == ["busctl", "tree"]:
             assert "/com/sendense/Restore1" in said
         elif "ListFiles" in words:
             assert '"hostname"' in said

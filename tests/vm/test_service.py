@@ -7,7 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
-from tests.vm.appliance import MANAGER, MEMBER, Appliance, call, output, restore, run
+import pytest
+
+from tests.vm.appliance import MANAGER, MEMBER, Appliance, call, output, repository, restore, run
 
 
 def test_a_member_restores_a_file(appliance: Appliance) -> None:
@@ -31,25 +33,23 @@ def test_every_file_of_every_file_system(appliance: Appliance) -> None:
     assert appliance.chain.unchanged()
 
 
+@pytest.mark.long
 def test_all_disks_of_a_backup(appliance: Appliance) -> None:
     """The two are copies of one, so each file system is there twice with the same identity."""
-    repository = Path("/srv/twins")
-    (repository / "web02").mkdir(parents=True)
+    directory = Path("/srv/twins")
+    (directory / "web02").mkdir(parents=True)
     for number in (0, 1):
-        shutil.copy(appliance.chain.backups[0].image, repository / f"web02/full-disk{number}.qcow2")
-    known = restore("catalog", "add-repository", "twins", str(repository), user="root")["repository_id"]
-    restore("catalog", "scan", known, user="root")
-    ((backup,), _) = call(MANAGER, "ListBackups", "a{sv}", "1", "repository_id", "s", known)
-    backup_id = backup["backup_id"]["data"]
-    mount = output("/usr/bin/sendense-restore", "mount", "--all-disks", backup_id, user=MEMBER).strip()
-    (info,) = restore("mounts")
-    assert [(volume["name"], volume["state"]) for volume in info["volumes"]] == [
-        (f"disk-{disk}-partition-{part}", "mounted") for disk in (0, 1) for part in (1, 2, 3)
-    ]
-    assert {re.sub(r"p[0-9]+$", "", device) for device in info["devices"]} == {"/dev/nbd0", "/dev/nbd1"}
-    for disk in (0, 1):
-        file = f"/disk-{disk}-partition-1/etc/hostname"
-        assert output("/usr/bin/sendense-restore", "cat", mount, file, user=MEMBER) == "web01\n"
-    run("/usr/bin/sendense-restore", "unmount", mount, user=MEMBER)
-    restore("catalog", "remove-repository", known, user="root")
-    shutil.rmtree(repository)
+        shutil.copy(appliance.chain.backups[0].image, directory / f"web02/full-disk{number}.qcow2")
+    with repository("twins", directory) as known:
+        ((backup,), _) = call(MANAGER, "ListBackups", "a{sv}", "1", "repository_id", "s", known)
+        backup_id = backup["backup_id"]["data"]
+        mount = output("/usr/bin/sendense-restore", "mount", "--all-disks", backup_id, user=MEMBER).strip()
+        (info,) = restore("mounts")
+        assert [(volume["name"], volume["state"]) for volume in info["volumes"]] == [
+            (f"disk-{disk}-partition-{part}", "mounted") for disk in (0, 1) for part in (1, 2, 3)
+        ]
+        assert {re.sub(r"p[0-9]+$", "", device) for device in info["devices"]} == {"/dev/nbd0", "/dev/nbd1"}
+        for disk in (0, 1):
+            file = f"/disk-{disk}-partition-1/etc/hostname"
+            assert output("/usr/bin/sendense-restore", "cat", mount, file, user=MEMBER) == "web01\n"
+        run("/usr/bin/sendense-restore", "unmount", mount, user=MEMBER)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from tests.vm import appliance
+from tests.vm.appliance import tool
 
 FLAGS = {
     "UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG=1",
@@ -16,19 +15,12 @@ FLAGS = {
 """What is said of every device of ours to those who look at devices."""
 
 
-def run(name: str, *arguments: str, check: bool = True) -> str:
-    """Run a program, wherever the release has it; what it prints."""
-    path = shutil.which(name, path="/usr/sbin:/usr/bin")
-    assert path is not None, f"{name} is not installed"
-    return appliance.run(path, *arguments, check=check).stdout
-
-
 def settle() -> None:
-    run("udevadm", "settle", "--timeout=60")
+    tool("udevadm", "settle", "--timeout=60")
 
 
 def properties(device: str) -> set[str]:
-    return set(run("udevadm", "info", "--query=property", f"--name={device}").splitlines())
+    return set(tool("udevadm", "info", "--query=property", f"--name={device}").splitlines())
 
 
 def links_to(*devices: str) -> list[str]:

@@ -139,7 +139,7 @@ class Stage:
     def daemon(self, repository: material.Repository, settings: str = "") -> Iterator[Running]:
         """A fresh daemon whose catalogue has that repository."""
         with contextlib.ExitStack() as stack:
-            # The script that it is measured against does the same, on any machine.
+            # As the script does it that is beside it; where the kernel has NBD, the service would take that.
             fuse = '[attach]\nbackend = "fuse"\n'
             running = stack.enter_context(service(self._bus, self.fresh(), fuse + settings))
             member = stack.enter_context(self._worker("caller", self._people.member))

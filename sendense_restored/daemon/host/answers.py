@@ -13,6 +13,7 @@ from sendense_restored.reader.protocol import (
     I64,
     KINDS,
     MAX_MESSAGE,
+    MAX_PAGE,
     MAX_STREAM_NAMES,
     MAX_XATTRS,
     U32,
@@ -24,6 +25,7 @@ from sendense_restored.reader.protocol import (
     Reply,
     StreamEnd,
     Usage,
+    space_of,
 )
 
 if TYPE_CHECKING:
@@ -217,11 +219,12 @@ class ListingParts:
     """Puts the frames of one listing together.
 
     Names must rise from frame to frame and begin after the cursor that was asked with, so that no reader can send a
-    client round in circles; their number is bounded by the limit that was asked for.
+    client round in circles; their number is bounded by the limit that was asked for, and what they take by
+    ``protocol.MAX_PAGE``.
     """
 
     def __init__(self, *, limit: int, cursor: str) -> None:
-        self._left = limit
+        self._left, self._room = limit, MAX_PAGE
         self._last = names.to_bytes(cursor)
         self._entries: list[Entry] = []
 
@@ -238,6 +241,9 @@ class ListingParts:
             if raw <= self._last:
                 raise ProtocolError("a listing that is not in order")
             self._last = raw
+            self._room -= space_of(entry)
+            if self._room < 0 and self._entries:
+                raise ProtocolError("a listing that is too long")
             self._entries.append(entry)
 
     def listing(self, answer: object) -> Listing:

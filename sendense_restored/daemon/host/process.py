@@ -91,11 +91,11 @@ class ToolError(Exception):
     """A program failed. ``str()`` is for the journal: it holds argv and stderr, never for a client."""
 
     def __init__(self, argv: Sequence[str], returncode: int | None, stderr: str) -> None:
-        how = "gave no answer in time" if returncode is None else f"ended with {returncode}"
+        how = "was killed" if returncode is None else f"ended with {returncode}"
         super().__init__(f"{shlex.join(argv)} {how}: {stderr.strip() or '(no message)'}")
         self.argv = tuple(argv)
         self.returncode = returncode
-        """None if it was killed because its time was up."""
+        """None if it was killed: its time was up, or it wrote too much."""
         self.stderr = stderr
 
 
@@ -250,7 +250,8 @@ class Tools:
                 stdout = await child.output()
                 returncode = await child.wait()
         except TimeoutError:
-            raise ToolError([name, *arguments], None, child.stderr) from None
+            said = f"no answer in {seconds:g} s; {child.stderr}"
+            raise ToolError([name, *arguments], None, said) from None
         except TooMuchOutputError as error:
             raise ToolError([name, *arguments], None, str(error)) from None
         finally:

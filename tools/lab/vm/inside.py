@@ -40,7 +40,8 @@ _RECORDERS = {
 }
 _JOURNALS = {
     "journal": ("journalctl", "--no-pager", "--output=short-precise"),
-    "kernel": ("journalctl", "--no-pager", "--output=short-precise", "--dmesg"),
+    # Not --dmesg, which is the present boot's, while the machine may have been started anew.
+    "kernel": ("journalctl", "--no-pager", "--output=short-precise", "_TRANSPORT=kernel"),
 }
 
 
@@ -146,9 +147,10 @@ class Inside:
 
 
 def flight_record() -> list[tuple[str, str]]:
-    """What the journal, the kernel, udev and the bus have said since the running test began, or ever if none runs.
+    """What the journal, the kernel, udev and the bus have said since the running test began; the last of it, if much.
 
-    The last of it, if that is much. Also of a test that has taken pytest or the machine down with it.
+    Also of a test that has taken pytest or the machine down with it. If none runs, it is all of the journal, and what
+    udev and the bus have said since the last one began.
     """
     since = (f"--since=@{int(RUNNING.stat().st_mtime)}",) if RUNNING.exists() else ()
     found = []
@@ -163,7 +165,10 @@ def flight_record() -> list[tuple[str, str]]:
         found.append((name, said.stdout))
     for name in _RECORDERS:
         file, mark = _record(name)
-        found.append((name, file.read_bytes()[int(mark.read_text(encoding="ascii")) :] if mark.exists() else b""))
+        try:
+            found.append((name, file.read_bytes()[int(mark.read_text(encoding="ascii")) :]))
+        except (FileNotFoundError, ValueError):  # there was none yet; or a panic came before it was on the disk
+            found.append((name, b""))
     return [(name, said.decode(errors="replace")[-_MOST_OF_A_RECORD:]) for name, said in found]
 
 

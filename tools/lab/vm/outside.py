@@ -133,7 +133,7 @@ def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pyt
             report = _report(item, message["when"], message["outcome"], message["text"])
             report.duration = message["duration"]
             report.sections = [(name, text) for name, text in message["sections"]]
-            if started and report.failed:  # there may be more of a panic than the machine itself remembers
+            if started and report.failed:  # a panic's trace may be there alone: the journal had no time to write it
                 report.sections.append(("console", machine.last_words()))
             if message["expected"] is not None:
                 report.wasxfail = message["expected"]
