@@ -181,6 +181,7 @@ def reboot() -> None:
     """Have the running test run again after a new start of the machine; does not return."""
     REBOOTING.touch()
     os.sync()
+    tell(event="reboot")
     subprocess.run(["/usr/bin/systemctl", "--no-block", "reboot"], check=True, stdin=subprocess.DEVNULL)
     while True:  # a pause ends with any signal that has a handler; the machine going down ends this process
         signal.pause()

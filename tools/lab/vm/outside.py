@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BEYOND_A_TEST = 300.0
 """Seconds that a machine may be silent for besides its test's own: it boots, or says how a test was ended."""
+_A_START = 900.0
+"""The same after a test has asked for a new start: one of a kernel that shared its processors took seven minutes."""
 _MOST_FAILURES = 3
 
 
@@ -120,10 +122,12 @@ class Outside:
 def _reports_of(machine: qemu.VirtualMachine, item: pytest.Item) -> Iterator[pytest.TestReport]:
     """Those of one test, which is the next that the machine works on. Raises qemu.MachineError."""
     long = item.get_closest_marker("long") is not None
-    silence = project.seconds_for_a_test(long=long) + _BEYOND_A_TEST
-    started = False
+    patience = project.seconds_for_a_test(long=long) + _BEYOND_A_TEST
+    started = rebooting = False
     while True:
-        message = machine.message(silence=silence)
+        # An emulated kernel may hang before anything of ours runs, and a long test has an hour.
+        message = machine.message(silence=_A_START if rebooting else patience)
+        rebooting = message["event"] == "reboot"
         started |= message["event"] == "boot" and message["again"]
         if message.get("test") != item.nodeid:
             if message["event"] in {"report", "end", "done"}:
