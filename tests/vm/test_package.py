@@ -22,6 +22,7 @@ from tests.vm.appliance import (
     output,
     restore,
     run,
+    tool,
     unit,
 )
 from tests.vm.watching import LOCKS, Watch, logs, processes
@@ -139,6 +140,20 @@ def test_the_drivers_are_loaded_as_the_package_says() -> None:
     parameters = Path("/sys/module/nbd/parameters")
     assert (parameters / "nbds_max").read_text(encoding="ascii").strip() == "16"
     assert (parameters / "max_part").read_text(encoding="ascii").strip() == "31"
+
+
+@pytest.mark.long
+def test_the_drivers_are_loaded_before_anybody_needs_them() -> None:
+    """What systemd-modules-load.service runs, without the service, whose unit asks for them as well."""
+    module = Path("/sys/module/nbd")
+    run(SYSTEMCTL, "stop", SERVICE)
+    try:
+        tool("modprobe", "--remove", "nbd")
+        assert not module.exists()
+        run("/usr/lib/systemd/systemd-modules-load")
+        assert module.exists()
+    finally:
+        run(SYSTEMCTL, "start", SERVICE)
 
 
 @pytest.mark.long
