@@ -94,9 +94,17 @@ class Entry(NamedTuple):
 
 
 def space_of(entry: Entry) -> int:
-    """Bytes that an entry takes of a page: its texts, and something for all else."""
-    texts = (entry.name, entry.target, str(entry.extras.get("unreadable", "")))
-    return _BESIDES_TEXTS + sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    """Bytes that an entry takes of a page: its texts, and something for all else. Both sides ask for every entry."""
+    taken = _BESIDES_TEXTS + _bytes_of(entry.name)
+    if entry.target:
+        taken += _bytes_of(entry.target)
+    if entry.extras:
+        taken += _bytes_of(str(entry.extras.get("unreadable", "")))
+    return taken
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class Listing(NamedTuple):

@@ -7,16 +7,15 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sendense_restored.daemon.bus import Bus
-from tools.lab import children, idle, leftovers
-from tools.lab.bus import CHECKOUT, private_bus
-from tools.lab.service import BUS_NAME, service
+from tools.lab import idle, leftovers
+from tools.lab.bus import private_bus
+from tools.lab.service import BUS_NAME, launched, service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,18 +119,14 @@ def private(tmp_path: Path) -> Iterator[PrivateBus]:
 
 
 async def test_who_does_not_get_the_name_is_not_ready(private: PrivateBus, manager: Manager, tmp_path: Path) -> None:
-    configuration, log = tmp_path / "restored.toml", tmp_path / "daemon.log"
-    configuration.write_text(f'[database]\nurl = "sqlite:///{tmp_path}/restore.db"\n')
-    argv = [sys.executable, "-m", "sendense_restored.daemon", "--config", str(configuration)]
-    environment = {**private.environment, "PYTHONPATH": str(CHECKOUT)}
     other = await Bus.connect(private.address)
     try:
         await other.own(BUS_NAME)
-        with children.running(argv, log=log, environment=environment) as daemon:
-            assert await asyncio.to_thread(daemon.wait, 60) not in {0, 78}
+        with launched(private, tmp_path) as (process, daemon):
+            assert await asyncio.to_thread(process.wait, 60) not in {0, 78}
     finally:
         await other.close()
-    assert "belongs to another process" in log.read_text()
+    assert "belongs to another process" in daemon.log.read_text()
     assert not [said for said in manager.has_heard() if said.startswith("READY=")]
 
 

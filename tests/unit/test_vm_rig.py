@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -521,40 +520,25 @@ def test_a_start_that_nobody_asked_for_fails_the_test_that_ran(guest: Guest) -> 
     assert "no test had asked for it" in guest.outcomes()["a"]
 
 
-@pytest.fixture
-def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The journal and udev are stubs; udev says what is written to this descriptor."""
+def test_a_flight_record_is_of_the_test_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it is told after its pytest has ended, by the runner. What it asks are stubs."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    for pipe in (ready, go):
+        os.mkfifo(pipe)
+    events = ("sh", "-c", f"echo before; echo >{ready}; read go <{go}; echo meanwhile")
     monkeypatch.setattr(inside, "STATE", tmp_path)
     monkeypatch.setattr(inside, "RUNNING", tmp_path / "running")
     monkeypatch.setattr(inside, "_JOURNALS", {"journal": ("echo", "asked for")})
-    monkeypatch.setattr(inside, "_RECORDERS", {"udev": ("cat", str(tmp_path / "events"))})
-    os.mkfifo(tmp_path / "events")
-    events = os.open(tmp_path / "events", os.O_RDWR)
-    yield events
-    os.close(events)
-
-
-def recorded(state: Path, text: bytes) -> None:
-    """Wait until the recorder has written this."""
-    file = state / "udev.record"
-    deadline = time.monotonic() + 60
-    while not file.read_bytes().endswith(text):
-        assert time.monotonic() < deadline
-        os.sched_yield()
-
-
-def test_a_flight_record_is_of_the_test_that_runs(recording: int, tmp_path: Path) -> None:
-    """Also when it is told after its pytest has ended, by the runner."""
+    monkeypatch.setattr(inside, "_RECORDERS", {"udev": events})
     assert inside.flight_record() == [("journal", "asked for\n"), ("udev", "")]
-    recorder = inside._Recorder("udev", inside._RECORDERS["udev"])
+    recorder = inside._Recorder("udev", events)
     try:
-        os.write(recording, b"before\n")
-        recorded(tmp_path, b"before\n")
+        assert ready.read_text() == "\n"
         inside.RUNNING.write_text("a")
         os.utime(inside.RUNNING, (1000, 1000))
         recorder.mark()
-        os.write(recording, b"meanwhile\n")
-        recorded(tmp_path, b"meanwhile\n")
+        go.write_text("\n")
+        assert recorder._program.wait(60) == 0
     finally:
         recorder.close()
     told = [("journal", "asked for --since=@1000\n"), ("udev", "meanwhile\n")]

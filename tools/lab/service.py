@@ -13,6 +13,7 @@ from .bus import CHECKOUT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+    from subprocess import Popen
 
     from .bus import PrivateBus
 
@@ -38,7 +39,25 @@ def service(
     python: str = sys.executable,
     program: Sequence[str] = ("-m", "sendense_restored.daemon"),
 ) -> Iterator[Service]:
-    """A daemon on ``bus`` for as long as the context, ready when this yields.
+    """A daemon on ``bus`` for as long as the context, ready when this yields; see ``launched``."""
+    with launched(bus, directory, settings, python=python, program=program) as (process, running):
+        try:
+            bus.wait_for_name(BUS_NAME, process.pid)
+        except RuntimeError as error:
+            raise RuntimeError(f"the daemon did not start: {running.log.read_text(errors='replace')}") from error
+        yield running
+
+
+@contextlib.contextmanager
+def launched(
+    bus: PrivateBus,
+    directory: Path,
+    settings: str = "",
+    *,
+    python: str = sys.executable,
+    program: Sequence[str] = ("-m", "sendense_restored.daemon"),
+) -> Iterator[tuple[Popen[bytes], Service]]:
+    """The process of a daemon on ``bus`` for as long as the context, whatever becomes of it.
 
     Its configuration, database and log lie in ``directory``; ``settings`` is TOML that is added to the configuration.
     ``program`` is what Python runs; a test may put one there that runs the daemon in a way of its own.
@@ -48,8 +67,4 @@ def service(
     argv = [python, "-s", "-P", *program, "--debug", "--config", str(configuration)]
     environment = {**bus.environment, "PYTHONPATH": str(CHECKOUT)}
     with children.running(argv, log=log, environment=environment) as process:
-        try:
-            bus.wait_for_name(BUS_NAME, process.pid)
-        except RuntimeError as error:
-            raise RuntimeError(f"the daemon did not start: {log.read_text(errors='replace')}") from error
-        yield Service(process.pid, log, database)
+        yield process, Service(process.pid, log, database)
