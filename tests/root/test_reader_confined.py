@@ -593,9 +593,8 @@ async def test_a_lie_in_the_pipe_is_the_clients_to_see_and_costs_nobody_else(sta
 
 
 async def test_a_reader_that_never_answers_times_out_alone(stage: Stage, honest: Reader) -> None:
-    impatient = replace(stage.settings, readers=replace(stage.settings.readers, timeout=0.5))
-    pool = Readers(Tools.find({}), impatient, program=HOSTILE)
-    async with stage.reader(pool, "silence", "v") as hostile:
+    async with stage.reader(stage.hostile, "silence", "v") as hostile:
+        hostile._seconds = 0.5  # it has started by now, for which that may be short
         silent = asyncio.create_task(hostile.open("v", (b"file",)))
         assert (await honest.stat("v", (b"file",))).size == 5
         with pytest.raises(errors.Timeout):
