@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ntfs import Ntfs
 
 _CHECK_EVERY = 256
+_AFTER_ALL = b"\xff" * (names.MAX_NAME + 1)
 _TYPE, _MODE = stat_module.S_IFMT(0xFFFF), 0o7777
 
 
@@ -70,17 +71,19 @@ def _first_names(
 ) -> list[tuple[bytes, int, os.DirEntry[str]]]:
     """The ``most`` smallest names after ``after``, in order; there are never more than twice as many in memory."""
     kept: list[tuple[bytes, int, os.DirEntry[str]]] = []
+    last = _AFTER_ALL
     for index, entry in enumerate(scan):
         if not index % _CHECK_EVERY:
             check()
         # scandir of a descriptor gives text with surrogates, whose order is not that of the bytes
         name = entry.name.encode("utf-8", "surrogateescape")
         # An empty name (a NUL at its start, on a damaged disk) is never greater, and one too long is no path's part.
-        if name > after and len(name) <= names.MAX_NAME:
+        if after < name < last and len(name) <= names.MAX_NAME:
             kept.append((name, index, entry))  # the index decides between equal names: entries cannot be compared
             if len(kept) >= 2 * most:
                 kept.sort()
                 del kept[most:]
+                last = kept[-1][0]  # of a long directory, most names need no more than this one comparison
     kept.sort()
     return kept[:most]
 

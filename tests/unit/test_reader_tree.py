@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sendense_restored import errors, linux, names
 from sendense_restored.daemon import packing
@@ -140,6 +143,22 @@ def test_pages_follow_the_order_of_bytes_and_miss_nothing(root: int, volume: Pat
         assert cursor in {"", page.entries[-1].name}
     assert cursor == ""
     assert seen == sorted(os.listdir(directory))  # noqa: PTH208 - names as bytes
+
+
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=2), st.sampled_from([b"\xff" * names.MAX_NAME, b"\xff" * 1021])), max_size=60
+    ),
+    st.binary(max_size=2),
+    st.integers(2, 12),
+)
+def test_the_first_names_are_those_that_sorting_all_would_give(listing: list[bytes], after: bytes, most: int) -> None:
+    """Whatever a damaged directory has: in any order, twice, empty, or longer than a path's part may be."""
+    entries = cast("list[os.DirEntry[str]]", [SimpleNamespace(name=os.fsdecode(name)) for name in listing])
+    found = pages._first_names(iter(entries), after, most, proceed)
+    expected = sorted(name for name in listing if after < name and len(name) <= names.MAX_NAME)
+    assert [name for name, _, _ in found] == expected[:most]
+    assert [os.fsencode(entry.name) for _, _, entry in found] == expected[:most]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
