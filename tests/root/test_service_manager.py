@@ -15,7 +15,7 @@ import pytest
 from sendense_restored.daemon.bus import Bus
 from tools.lab import idle, leftovers
 from tools.lab.bus import private_bus
-from tools.lab.service import BUS_NAME, launched, service
+from tools.lab.service import BUS_NAME, service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,8 +122,8 @@ async def test_who_does_not_get_the_name_is_not_ready(private: PrivateBus, manag
     other = await Bus.connect(private.address)
     try:
         await other.own(BUS_NAME)
-        with launched(private, tmp_path) as (process, daemon):
-            assert await asyncio.to_thread(process.wait, 60) not in {0, 78}
+        with service(private, tmp_path, ready=False) as daemon:
+            assert await asyncio.to_thread(daemon.process.wait, 60) not in {0, 78}
     finally:
         await other.close()
     assert "belongs to another process" in daemon.log.read_text()

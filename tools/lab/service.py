@@ -24,10 +24,15 @@ BUS_NAME = "com.sendense.Restore1"
 class Service:
     """A running daemon."""
 
-    pid: int
+    process: Popen[bytes]
     log: Path
     """What it writes to its journal."""
     database: Path
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
 
 
 @contextlib.contextmanager
@@ -36,28 +41,11 @@ def service(
     directory: Path,
     settings: str = "",
     *,
+    ready: bool = True,
     python: str = sys.executable,
     program: Sequence[str] = ("-m", "sendense_restored.daemon"),
 ) -> Iterator[Service]:
-    """A daemon on ``bus`` for as long as the context, ready when this yields; see ``launched``."""
-    with launched(bus, directory, settings, python=python, program=program) as (process, running):
-        try:
-            bus.wait_for_name(BUS_NAME, process.pid)
-        except RuntimeError as error:
-            raise RuntimeError(f"the daemon did not start: {running.log.read_text(errors='replace')}") from error
-        yield running
-
-
-@contextlib.contextmanager
-def launched(
-    bus: PrivateBus,
-    directory: Path,
-    settings: str = "",
-    *,
-    python: str = sys.executable,
-    program: Sequence[str] = ("-m", "sendense_restored.daemon"),
-) -> Iterator[tuple[Popen[bytes], Service]]:
-    """The process of a daemon on ``bus`` for as long as the context, whatever becomes of it.
+    """A daemon on ``bus`` for as long as the context; ready when this yields, or, if not ``ready``, just started.
 
     Its configuration, database and log lie in ``directory``; ``settings`` is TOML that is added to the configuration.
     ``program`` is what Python runs; a test may put one there that runs the daemon in a way of its own.
@@ -67,4 +55,9 @@ def launched(
     argv = [python, "-s", "-P", *program, "--debug", "--config", str(configuration)]
     environment = {**bus.environment, "PYTHONPATH": str(CHECKOUT)}
     with children.running(argv, log=log, environment=environment) as process:
-        yield process, Service(process.pid, log, database)
+        if ready:
+            try:
+                bus.wait_for_name(BUS_NAME, process.pid)
+            except RuntimeError as error:
+                raise RuntimeError(f"the daemon did not start: {log.read_text(errors='replace')}") from error
+        yield Service(process, log, database)
